@@ -1,0 +1,301 @@
+"""Video, sound and image files through PyAV: the one file that imports `av`.
+
+Clock: time zero of a video file is the presentation time of its first video frame. Pixel frame k is the picture on
+screen k / 25 s later, whatever the file's own frame rate, and sound sample n is heard n / 16000 s after the same zero.
+Pictures come out upright (rotation flag applied) with square pixels, as uint8 RGB.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dualforce.codecs.media_clock import ClockError, PlacedSound, Timed, Wave, pixel_frames_shown, place_sound
+from dualforce.types import FPS, SAMPLE_RATE
+
+Pixels = NDArray[np.uint8]
+
+MAX_JITTER = Fraction(1, 50)  # seconds a sound block may lie off the running clock before it counts as a hole
+
+
+class MediaError(ValueError):
+    """A media file that cannot be read or written: `path: cause`."""
+
+    def __init__(self, path: Path | str, cause: str) -> None:
+        super().__init__(f"{path}: {cause}")
+        self.cause = cause
+
+
+@dataclass(frozen=True)
+class MediaInfo:
+    """What the head of a video file says. `zero` is the presentation time of the first picture, in seconds."""
+
+    width: int
+    height: int
+    zero: Fraction
+    rate: float
+    codec: str
+    sound: bool
+
+
+@dataclass(frozen=True)
+class Video:
+    """Pictures [P,H,W,3] uint8 at 25 frames a second and the sound on the same clock (None without a sound stream)."""
+
+    frames: Pixels
+    sound: PlacedSound | None
+
+
+def probe(path: Path) -> MediaInfo:
+    """Size, start and streams of a video file, by decoding its first picture. Raises MediaError."""
+    with _opened(path) as container:
+        stream = _stream(container, "video", path)
+        for frame in container.decode(stream):
+            width, height = _display_size(frame, stream, None)
+            if _quarter_turns(frame) % 2:
+                width, height = height, width
+            return MediaInfo(
+                width=width,
+                height=height,
+                zero=_time(frame) or Fraction(0),
+                rate=float(stream.average_rate or FPS),
+                codec=str(stream.codec_context.name),
+                sound=bool(container.streams.audio),
+            )
+    raise MediaError(path, "no picture could be decoded")
+
+
+def iter_frames(
+    path: Path, *, max_side: int | None = None, step: int = 1, last: bool = False
+) -> Iterator[tuple[int, Pixels]]:
+    """Yield (k, picture [H,W,3] uint8) for pixel frames k = 0, step, 2 step, ... at 25 frames a second.
+
+    Pixel frame k is the source picture on screen at k / 25 s after the first one. `max_side` shrinks larger pictures;
+    `last` adds the video's final pixel frame. One picture is held at a time. Raises MediaError.
+    """
+    with _opened(path) as container:
+        stream = _stream(container, "video", path)
+        size: tuple[int, int] | None = None
+        final: tuple[int, Any] | None = None
+        for frame, indices in _on_clock(container.decode(stream), stream):
+            size = size or _display_size(frame, stream, max_side)
+            if indices:
+                final = (indices[-1], frame)
+            wanted = [k for k in indices if k % step == 0]
+            if wanted:
+                picture = _upright(frame, size)
+                for k in wanted:
+                    yield k, picture
+        if size is None or final is None:
+            raise MediaError(path, "no picture could be decoded")
+        if last and final[0] % step:
+            yield final[0], _upright(final[1], size)
+
+
+def read_video(path: Path, *, max_side: int | None = None, start: int = 0, stop: int | None = None) -> Video:
+    """Pixel frames [start, stop) of a video and its sound cut to the same span.
+
+    Memory grows with the span asked for; use `iter_frames` for long files. Raises MediaError.
+    """
+    shown = itertools.islice(iter_frames(path, max_side=max_side), start, stop)
+    frames = [picture for _, picture in shown]
+    if not frames:
+        raise MediaError(path, f"frames {start}..{stop}: the video has no such frames")
+    sound = read_sound(path, probe(path).zero)
+    if sound is None:
+        return Video(np.stack(frames), None)
+    samples = SAMPLE_RATE // FPS
+    wave = sound.wave[start * samples : (start + len(frames)) * samples]
+    return Video(np.stack(frames), PlacedSound(wave, max(0.0, sound.start - start / FPS), sound.gap))
+
+
+def read_sound(path: Path, zero: Fraction | None = None) -> PlacedSound | None:
+    """The sound of a file as 16 kHz mono from `zero` (file time in seconds; None: from its own first sample).
+
+    Blocks are placed by their own timestamps, so a late start or a hole stays where it is. Returns None when the file
+    has no sound stream or an empty one. Raises MediaError.
+    """
+    with _opened(path) as container:
+        if not container.streams.audio:
+            return None
+        blocks = _sound_blocks(container, container.streams.best("audio"))
+    if not blocks:
+        return None
+    return place_sound(blocks, zero)
+
+
+def read_audio(path: Path) -> Wave:
+    """Sound of any media file as float32 [N], 16 kHz mono, from its first sample. Raises MediaError without sound."""
+    sound = read_sound(path)
+    if sound is None or not len(sound.wave):
+        raise MediaError(path, "no sound stream")
+    return sound.wave
+
+
+def read_image(path: Path) -> Pixels:
+    """The first picture of an image or video file, upright, [H,W,3] uint8. Raises MediaError."""
+    return next(iter_frames(path))[1]
+
+
+def write_video(path: Path, frames: Iterable[Pixels], wave: Wave | None, *, crf: int = 18) -> int:
+    """Write an mp4 (H.264 yuv420p at 25 frames a second; AAC mono at 16 kHz when `wave` is given).
+
+    `frames` yields uint8 [H,W,3] with even H and W and may be a generator: pictures are encoded as they come. The file
+    appears under its name only when it is complete. Returns the number of pictures. Raises MediaError.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with _opened(partial, "w", name=path) as container:
+            count = _encode(container, path, iter(frames), wave, crf)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return count
+
+
+@contextlib.contextmanager
+def _opened(path: Path, mode: Literal["r", "w"] = "r", name: Path | None = None) -> Iterator[Any]:
+    """Container of `path`; every decoder or system error inside becomes a MediaError naming the file."""
+    try:
+        import av
+    except ImportError as error:
+        raise MediaError(name or path, "PyAV is not installed: pip install 'dualforce[data]'") from error
+    try:
+        with av.open(str(path), mode, format="mp4" if mode == "w" else None) as container:
+            yield container
+    except MediaError:
+        raise
+    except ClockError as error:
+        raise MediaError(name or path, str(error)) from error
+    except (av.FFmpegError, OSError, EOFError) as error:
+        cause = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise MediaError(name or path, f"cannot {'write' if mode == 'w' else 'decode'}: {cause}") from error
+
+
+def _stream(container: Any, kind: str, path: Path) -> Any:
+    stream = container.streams.best(kind)
+    if stream is None:
+        raise MediaError(path, f"no {kind} stream")
+    if kind == "video":
+        stream.thread_type = "AUTO"
+    return stream
+
+
+def _time(frame: Any) -> Fraction | None:
+    """Presentation time in seconds; None where the file gives none."""
+    return None if frame.pts is None else frame.pts * Fraction(frame.time_base)
+
+
+def _length(frame: Any) -> Fraction | None:
+    return frame.duration * Fraction(frame.time_base) if frame.duration else None
+
+
+def _on_clock(frames: Iterable[Any], stream: Any) -> Iterator[tuple[Any, range]]:
+    """Pair each decoded frame with the pixel frames during which it is on screen."""
+    pictures = (Timed(frame, _time(frame), _length(frame)) for frame in frames)
+    interval = 1 / Fraction(stream.average_rate or FPS)
+    return pixel_frames_shown(pictures, interval, Fraction(stream.time_base))
+
+
+def _display_size(frame: Any, stream: Any, max_side: int | None) -> tuple[int, int]:
+    """(width, height) with square pixels, before rotation, shrunk to `max_side`."""
+    ratio = Fraction(stream.sample_aspect_ratio or 1)
+    width, height = Fraction(frame.width) * (ratio if ratio > 0 else 1), Fraction(frame.height)
+    shrink = min(Fraction(1), Fraction(max_side) / max(width, height)) if max_side else Fraction(1)
+    return max(1, round(width * shrink)), max(1, round(height * shrink))
+
+
+def _quarter_turns(frame: Any) -> int:
+    return round(frame.rotation / 90) % 4
+
+
+def _upright(frame: Any, size: tuple[int, int]) -> Pixels:
+    """RGB picture of a decoded frame at `size` (before rotation), turned upright."""
+    method = "AREA" if (frame.width, frame.height) != size else None
+    picture = frame.reformat(width=size[0], height=size[1], format="rgb24", interpolation=method).to_ndarray()
+    turns = _quarter_turns(frame)
+    return np.ascontiguousarray(np.rot90(picture, turns)) if turns else picture
+
+
+def _sound_blocks(container: Any, stream: Any) -> list[tuple[Fraction, Wave]]:
+    """Runs of sound without a hole: (file time of the first sample, 16 kHz mono samples)."""
+    import av
+
+    blocks: list[tuple[Fraction, list[Wave]]] = []
+    resampler: Any = None
+    expected = Fraction(0)
+    for frame in container.decode(stream):
+        stamp = _time(frame)
+        time = expected if stamp is None else stamp
+        if resampler is None or abs(time - expected) > MAX_JITTER:
+            if resampler is not None:
+                blocks[-1][1].extend(out.to_ndarray()[0] for out in resampler.resample(None))
+            resampler = av.AudioResampler("flt", "mono", SAMPLE_RATE)
+            blocks.append((time, []))
+            expected = time
+        expected += Fraction(frame.samples, frame.sample_rate)
+        blocks[-1][1].extend(out.to_ndarray()[0] for out in resampler.resample(frame))
+    if resampler is not None:
+        blocks[-1][1].extend(out.to_ndarray()[0] for out in resampler.resample(None))
+    return [(time, np.concatenate(parts)) for time, parts in blocks if parts]
+
+
+def _encode(container: Any, path: Path, frames: Iterator[Pixels], wave: Wave | None, crf: int) -> int:
+    import av
+
+    first = next(frames, None)
+    if first is None:
+        raise MediaError(path, "no pictures to write")
+    height, width = _checked(first, None, path).shape[:2]
+    video = container.add_stream("libx264", rate=FPS, options={"crf": str(crf), "preset": "medium"})
+    video.width, video.height, video.pix_fmt = width, height, "yuv420p"
+    audio = None
+    if wave is not None:
+        audio = container.add_stream("aac", rate=SAMPLE_RATE, layout="mono")
+    count = heard = 0
+    picture: Pixels | None = first
+    while picture is not None:
+        frame = av.VideoFrame.from_ndarray(_checked(picture, (height, width), path), format="rgb24")
+        frame.pts, frame.time_base = count, Fraction(1, FPS)
+        container.mux(video.encode(frame))
+        count += 1
+        if audio is not None and wave is not None:
+            heard = _encode_sound(container, audio, wave, heard, count * SAMPLE_RATE // FPS)
+        picture = next(frames, None)
+    if audio is not None and wave is not None:
+        _encode_sound(container, audio, wave, heard, len(wave))
+        container.mux(audio.encode(None))
+    container.mux(video.encode(None))
+    return count
+
+
+def _encode_sound(container: Any, stream: Any, wave: Wave, start: int, stop: int) -> int:
+    """Encode samples [start, stop) of `wave`, as far as it goes; returns where it stopped."""
+    import av
+
+    stop = min(stop, len(wave))
+    if stop > start:
+        block = np.ascontiguousarray(wave[None, start:stop], dtype=np.float32)
+        frame = av.AudioFrame.from_ndarray(block, format="fltp", layout="mono")
+        frame.sample_rate, frame.pts, frame.time_base = SAMPLE_RATE, start, Fraction(1, SAMPLE_RATE)
+        container.mux(stream.encode(frame))
+    return max(start, stop)
+
+
+def _checked(picture: Pixels, size: tuple[int, int] | None, path: Path) -> Pixels:
+    """The picture, contiguous; raises MediaError unless it is uint8 [H,W,3] with even sides, `size` if given."""
+    height, width, colours = picture.shape if picture.ndim == 3 else (1, 1, 0)
+    right = picture.dtype == np.uint8 and colours == 3 and height % 2 == width % 2 == 0
+    if not right or (size is not None and (height, width) != size):
+        wanted = f"{size[0]}x{size[1]}" if size else "even height and width"
+        raise MediaError(path, f"picture {picture.shape} {picture.dtype}: expected uint8 [H,W,3], {wanted}")
+    return np.ascontiguousarray(picture)

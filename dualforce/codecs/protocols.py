@@ -1,0 +1,53 @@
+"""What every codec offers, whatever is behind it. Each has a `tag` that names the extractor and its version: latents,
+features and motion of different tags are different things and never meet in one run."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+Pixels = NDArray[np.uint8]
+Wave = NDArray[np.float32]
+
+
+class CodecError(ValueError):
+    """A codec that cannot be used or a result that cannot be; one line for the user."""
+
+
+class VideoCodec(Protocol):
+    """Latents [F,C,H/stride,W/stride] fp32, not normalised, of P = 1 + 4 (F-1) pixel frames [P,H,W,3] uint8."""
+
+    tag: str
+    channels: int
+    stride: int
+
+    def encode(self, pixels: Pixels) -> Tensor: ...
+
+    def encode_image(self, picture: Pixels) -> Tensor: ...
+
+    def decode(self, latents: Tensor) -> Pixels: ...
+
+    def decode_frames(self, latents: Tensor, first: bool) -> Pixels: ...
+
+
+class AudioEncoder(Protocol):
+    """Features [2 P, width] fp32, not normalised, at 50 Hz of the 16 kHz mono sound [640 P] of P pixel frames."""
+
+    tag: str
+    width: int
+    hz: int
+
+    def encode(self, wave: Wave) -> Tensor: ...
+
+
+class MotionEncoder(Protocol):
+    """Motion [P, width] fp32, not normalised, of a face crop's pixel frames [P,H,W,3] uint8."""
+
+    tag: str
+    width: int
+    names: tuple[str, ...]
+
+    def encode(self, pixels: Pixels, fps: float) -> Tensor: ...

@@ -1,0 +1,337 @@
+"""Configuration: the model, and a run that trains it.
+
+A run file is strict JSON: an unknown key, a wrong type or a value that cannot work is one error that names the file,
+the key, the value and what was expected. `extends` names one other file, relative to the file itself, whose keys the
+file's own keys override; a file that is extended may not extend another.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message is one line for the user."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+BridgeStrategy = Literal["shallow_focus", "distributed", "progressive", "custom", "full"]
+BridgeDirections = Literal["both", "s2v", "v2s", "none"]
+
+
+class TowerConfig(Section):
+    """One transformer tower (model table: Wan's hyper-parameters)."""
+
+    dim: int = Field(gt=0, description="width")
+    heads: int = Field(gt=0, description="attention heads")
+    ffn: int = Field(gt=0, description="hidden width of the MLP")
+    layers: int = Field(gt=0, description="transformer blocks")
+    in_dim: int = Field(gt=0, description="channels of the input")
+    out_dim: int = Field(gt=0, description="channels of the prediction")
+    patch: int = Field(gt=0, description="spatial patch edge; 1 for the structure tower")
+    text_dim: int = Field(default=4096, gt=0, description="width of the text embedding")
+    text: bool = Field(default=True, description="blocks have text cross-attention")
+    freq_dim: int = Field(default=256, gt=0, multiple_of=4, description="width of the sinusoid of the noise level")
+    eps: float = Field(default=1e-6, gt=0, description="epsilon of the norms")
+
+    @model_validator(mode="after")
+    def _check(self) -> TowerConfig:
+        if self.dim % self.heads or (self.dim // self.heads) % 2:
+            raise ValueError(f"dim {self.dim} over {self.heads} heads: expected an even whole head size")
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+
+class BridgeConfig(Section):
+    """Cross-attention between the towers."""
+
+    layers: int | list[int] | BridgeStrategy = Field(default="shallow_focus", description="count, list, or strategy")
+    directions: BridgeDirections = Field(default="both", description="both, one way, or none")
+    zero_init: bool = Field(default=True, description="output projections start at zero")
+    scale: float = Field(default=1.0, description="factor of both updates")
+
+
+class AudioConfig(Section):
+    """Audio cross-attention in the first layers of both towers."""
+
+    dim: int = Field(gt=0, description="width of the audio features")
+    width: int = Field(gt=0, description="width of the projected features")
+    inner: int | None = Field(default=384, description="attention width; null for each tower's own width")
+    heads: int = Field(gt=0, description="attention heads")
+    layers: int = Field(ge=0, description="first layers that hear audio")
+    context: int = Field(default=2, ge=0, le=4, description="50 Hz frames of context on each side; the look-ahead")
+
+
+class ModelConfig(Section):
+    """Everything that shapes the weights and the attention pattern."""
+
+    preset: str
+    video: TowerConfig
+    struct: TowerConfig
+    bridge: BridgeConfig
+    audio: AudioConfig
+    frames_per_chunk: int = Field(default=2, ge=1, description="latent frames denoised together")
+    window: int | None = Field(default=None, ge=1, description="chunks a query sees, its own included; null for all")
+    sink: int = Field(default=0, ge=0, description="first chunks always seen beside the window")
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.struct.layers > self.video.layers:
+            raise ValueError(f"struct.layers {self.struct.layers}: expected at most video.layers {self.video.layers}")
+        if self.audio.layers > self.struct.layers:
+            raise ValueError(f"audio.layers {self.audio.layers}: expected at most struct.layers {self.struct.layers}")
+        if self.video.in_dim < 2 * self.video.out_dim:
+            raise ValueError(
+                f"video.in_dim {self.video.in_dim}: expected at least {2 * self.video.out_dim}, "
+                "the noisy and the reference latent"
+            )
+        for inner in (self.audio.inner or self.video.dim, self.audio.inner or self.struct.dim):
+            if inner % self.audio.heads:
+                raise ValueError(f"audio.heads {self.audio.heads}: expected a divisor of the attention width {inner}")
+        return self
+
+
+class ModelOverrides(Section):
+    """What a run changes in its preset; absent keys keep the preset's value."""
+
+    bridge_layers: int | list[int] | BridgeStrategy | None = None
+    bridge_directions: BridgeDirections | None = None
+    frames_per_chunk: int | None = Field(default=None, ge=1)
+    window: int | None = Field(default=None, ge=1)
+    sink: int | None = Field(default=None, ge=0)
+    text: bool | None = None
+
+
+class DataConfig(Section):
+    shards: str = Field(default="shards", description="folder of a shard set (with manifest.json)")
+    frames: int = Field(default=9, ge=1, description="latent frames of a training clip, 1 + k * frames_per_chunk")
+    clips_per_step: int = Field(default=8, ge=1, description="clips of one optimizer step over all ranks")
+    max_micro_batch: int = Field(default=8, ge=1, description="clips per forward on one data-parallel rank, at most")
+    prefetch: int = Field(default=2, ge=1, description="steps read ahead")
+
+
+class NoiseConfig(Section):
+    """Diffusion Forcing: how noise levels are drawn (model reference 5.2)."""
+
+    shift_video: float = Field(default=3.0, gt=0)
+    shift_struct: float = Field(default=1.0, gt=0)
+    max_sigma_struct: float = Field(default=0.7, gt=0, le=1, description="upper end of the main part of sigma_s")
+    p_above_max_struct: float = Field(default=0.2, ge=0, le=1, description="share drawn between that end and 1")
+    p_clean_first: float = Field(default=0.8, ge=0, le=1, description="frame 0 is clean")
+    p_clean_prefix: float = Field(default=0.5, ge=0, le=1, description="a random number of first chunks is clean")
+    p_same: float = Field(default=0.1, ge=0, le=1, description="all noisy frames of a tower share one level")
+    p_drop: float = Field(default=0.1, ge=0, le=1, description="each of audio, text and reference is dropped")
+    sample_shift_struct: float = Field(default=0.5, gt=0, description="sampling: sigma_s = s u / (1 + (s-1) u)")
+
+
+class LipSyncConfig(Section):
+    rows: tuple[float, float] = Field(default=(36 / 64, 60 / 64), description="mouth rows, shares of the latent height")
+    cols: tuple[float, float] = Field(default=(18 / 64, 46 / 64), description="mouth columns, shares of its width")
+    dim: int = Field(default=256, gt=0, description="width of the embeddings")
+    tau: float = Field(default=0.07, gt=0, description="start of the learned temperature")
+    max_sigma: float = Field(default=0.6, gt=0, le=1, description="noisier frames take no part")
+
+    @field_validator("rows", "cols")
+    @classmethod
+    def _check(cls, span: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= span[0] < span[1] <= 1:
+            raise ValueError("expected 0 <= start < stop <= 1")
+        return span
+
+
+class LossConfig(Section):
+    struct: float = Field(default=0.5, ge=0)
+    flame: float = Field(default=0.1, ge=0)
+    flame_steps: int = Field(default=10_000, ge=1, description="the FLAME weight falls linearly to 0 over these steps")
+    lip_sync: float = Field(default=0.3, ge=0)
+    lip: LipSyncConfig = LipSyncConfig()
+
+
+class ParallelConfig(Section):
+    sequence: int = Field(default=1, ge=1, description="ranks that share one clip")
+    checkpointing: bool = Field(default=False, description="recompute blocks in the backward pass")
+
+
+class TrainConfig(Section):
+    steps: int = Field(ge=1, description="optimizer steps, the length of the learning-rate schedule")
+    stop_at: int | None = Field(default=None, ge=1, description="stop after this step with a checkpoint; null: the end")
+    seed: int = Field(default=0, ge=0)
+    log_every: int = Field(default=10, ge=1)
+    save_every: int = Field(default=500, ge=1)
+    validate_every: int = Field(default=500, ge=1)
+    validation_sigmas: int = Field(default=10, ge=1, description="fixed levels (k + 1/2) / n")
+    validation_clips: int = Field(default=16, ge=1, description="held-out clips used, at most")
+    image_every: int = Field(default=500, ge=1, description="steps between sample frames in TensorBoard")
+
+
+class RunConfig(Section):
+    """One training run."""
+
+    preset: Literal["tiny", "small", "mova-lite", "mova-360p"]
+    deepspeed: str = Field(description="DeepSpeed file, relative to the run file")
+    kernels: Literal["auto", "reference", "fused"] = "auto"
+    model: ModelOverrides = ModelOverrides()
+    data: DataConfig = DataConfig()
+    noise: NoiseConfig = NoiseConfig()
+    loss: LossConfig = LossConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    train: TrainConfig
+
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run file with its `extends` and `key=value` overrides (dotted keys, JSON values or plain words).
+
+    The `deepspeed` and `data.shards` paths of a file are relative to that file; those of an override, to the working
+    directory. Raises ConfigError with one line for anything that is missing, unknown or out of range.
+    """
+    values = _read_with_base(path)
+    for item in overrides:
+        key, found, text = item.partition("=")
+        if not found or not key:
+            raise ConfigError(f"--set {item}: expected key=value, for example --set train.steps=10")
+        _assign(values, key.split("."), _parse_value(text), item)
+    run = validate(RunConfig, values, f"{path} with --set {' '.join(overrides)}" if overrides else str(path))
+    check_run(run, str(path))
+    return run
+
+
+def check_run(run: RunConfig, origin: str) -> None:
+    """Raise ConfigError where values contradict each other."""
+    chunk = run.model.frames_per_chunk
+    if chunk is not None and (run.data.frames - 1) % chunk:
+        raise ConfigError(
+            f"{origin}: data.frames = {run.data.frames}: expected 1 + k * model.frames_per_chunk ({chunk}), for "
+            f"example {1 + (run.data.frames - 1) // chunk * chunk}"
+        )
+
+
+def validate(kind: type[SectionT], values: Mapping[str, Any], origin: str) -> SectionT:
+    """Build `kind` from JSON values; a ConfigError names `origin`, the key, the value and what was expected."""
+    try:
+        return kind.model_validate_json(json.dumps(values))
+    except ValidationError as error:
+        raise ConfigError(f"{origin}: {_describe(error, kind)}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; ConfigError names the file when it is missing or not one."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: not JSON, line {error.lineno} column {error.colno}: {error.msg}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a JSON object, found {type(values).__name__}")
+    return values
+
+
+def _read_with_base(path: Path) -> dict[str, Any]:
+    values = _with_paths(read_json(path), path.parent)
+    base_name = values.pop("extends", None)
+    if base_name is None:
+        return values
+    if not isinstance(base_name, str):
+        raise ConfigError(f"{path}: extends = {base_name!r}: expected the name of a run file")
+    base_path = path.parent / base_name
+    if not base_path.is_file():
+        raise ConfigError(f"{path}: extends = {base_name}: no such file {base_path}")
+    base = _with_paths(read_json(base_path), base_path.parent)
+    if "extends" in base:
+        raise ConfigError(f"{path}: extends {base_path}, which extends another file; expected one level")
+    return _merged(base, values)
+
+
+def _with_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Make the paths of a file independent of the working directory."""
+    if isinstance(values.get("deepspeed"), str):
+        values["deepspeed"] = str(folder / values["deepspeed"])
+    data = values.get("data")
+    if isinstance(data, dict) and isinstance(data.get("shards"), str):
+        data["shards"] = str(folder / data["shards"])
+    return values
+
+
+def _merged(base: dict[str, Any], delta: dict[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in delta.items():
+        known = result.get(key)
+        result[key] = _merged(known, value) if isinstance(known, dict) and isinstance(value, dict) else value
+    return result
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _assign(values: dict[str, Any], key: list[str], value: Any, item: str) -> None:
+    section = values
+    for name in key[:-1]:
+        section = section.setdefault(name, {})
+        if not isinstance(section, dict):
+            raise ConfigError(f"--set {item}: {name} is a value, not a section")
+    section[key[-1]] = value
+
+
+def _describe(error: ValidationError, kind: type[BaseModel]) -> str:
+    errors = error.errors()
+    start = _path(errors[0]["loc"], kind)
+    # A union reports one error for each of its kinds; the deepest has understood most of the value.
+    union = [one for one in errors if _path(one["loc"], kind)[: len(start)] == start]
+    first = max(union, key=lambda one: len(_path(one["loc"], kind)))
+    path = _path(first["loc"], kind)
+    key = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(path[-1], _keys_at(kind, path[:-1]), n=1, cutoff=0.5)
+        hint = f"; did you mean {'.'.join([*path[:-1], near[0]])}?" if near else ""
+        return f"unknown key {key} = {json.dumps(first['input'])}{hint}"
+    if first["type"] == "missing":
+        return f"key {key} is missing"
+    reasons = dict.fromkeys(
+        one["msg"].removeprefix("Value error, ") for one in union if _path(one["loc"], kind) == path
+    )
+    value = json.dumps(first["input"], default=str)
+    return f"{key or kind.__name__} = {value if len(value) < 120 else value[:117] + '...'}: {', or: '.join(reasons)}"
+
+
+def _path(location: Sequence[int | str], kind: type[BaseModel]) -> list[str]:
+    """The keys and list places of an error's location, without the names that pydantic gives the kinds of a union."""
+    path: list[str] = []
+    for part in location:
+        if isinstance(part, int) or part in _keys_at(kind, path) or not _inside_value(kind, path):
+            path.append(str(part))
+    return path
+
+
+def _inside_value(kind: type[BaseModel], path: list[str]) -> bool:
+    """Whether `path` leads to a value, so that what follows is no key."""
+    return bool(path) and not _keys_at(kind, path)
+
+
+def _keys_at(kind: type[BaseModel], path: list[str]) -> list[str]:
+    for part in path:
+        field = kind.model_fields.get(part)
+        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
+            return []
+        kind = field.annotation
+    return list(kind.model_fields)

@@ -1,0 +1,117 @@
+"""Normalisation of the streams by the statistics of a shard set's train split.
+
+Legend: F latent frames, C,H,W latent channels, height and width, Cs/Ca widths of structure and audio.
+Video has two rows of statistics: frame 0 (one pixel frame) and the other frames (four each).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_shards.schema import ShardError
+
+ABSOLUTE_FLOOR = 1e-3
+RELATIVE_FLOOR = 1e-2
+
+
+@dataclass(frozen=True, eq=False)
+class StreamStatistics:
+    """Mean and standard deviation per channel, fp32 on the CPU; deviations have their floor (`floored`)."""
+
+    video_mean: Tensor  # [2,C]
+    video_std: Tensor  # [2,C]
+    struct_mean: Tensor  # [Cs]
+    struct_std: Tensor  # [Cs]
+    audio_mean: Tensor  # [Ca]
+    audio_std: Tensor  # [Ca]
+
+    @classmethod
+    def from_manifest(cls, manifest: Mapping[str, Any], origin: str = "manifest.json") -> StreamStatistics:
+        """From a shard manifest, or from any JSON object that has a `statistics` section or is one (`to_dict`).
+
+        Raises ShardError naming `origin` and the key for an absent or wrong entry.
+        """
+        values = manifest.get("statistics", manifest)
+        read: dict[str, Tensor] = {}
+        for field in fields(cls):
+            stream, _, kind = field.name.partition("_")
+            key = f"{origin}: statistics.{stream}.{kind}"
+            try:
+                tensor = torch.tensor(values[stream][kind], dtype=torch.float32, device="cpu")
+            except (KeyError, TypeError, ValueError) as error:
+                raise ShardError(f"{key}: {type(error).__name__} {error}: expected a list of numbers") from None
+            if tensor.ndim != (2 if stream == "video" else 1) or (stream == "video" and len(tensor) != 2):
+                expected = "[2,C]" if stream == "video" else "[D]"
+                raise ShardError(f"{key}: shape {list(tensor.shape)}: expected {expected}")
+            if not torch.isfinite(tensor).all() or (kind == "std" and (tensor < 0).any()):
+                raise ShardError(f"{key}: {tensor.tolist()}: expected finite numbers, deviations of at least 0")
+            read[field.name] = floored(tensor) if kind == "std" else tensor
+        for stream in ("video", "struct", "audio"):
+            mean, std = read[f"{stream}_mean"], read[f"{stream}_std"]
+            if mean.shape != std.shape:
+                raise ShardError(
+                    f"{origin}: statistics.{stream}: mean {list(mean.shape)}, std {list(std.shape)}: expected one shape"
+                )
+        return cls(**read)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON object of the form of the manifest's `statistics`; `from_manifest` gives back the same numbers."""
+        out: dict[str, Any] = {}
+        for field in fields(self):
+            stream, _, kind = field.name.partition("_")
+            out.setdefault(stream, {})[kind] = getattr(self, field.name).tolist()
+        return out
+
+    def normalise_video(self, x: Tensor, first_frame: int = 0) -> Tensor:
+        """[..,F,C,H,W] -> the same in fp32, normalised; `first_frame` is the absolute latent frame of x's first."""
+        mean, std = self._video_rows(x, first_frame)
+        return (x.float() - mean) / std
+
+    def denormalise_video(self, x: Tensor, first_frame: int = 0) -> Tensor:
+        """Inverse of `normalise_video`, fp32."""
+        mean, std = self._video_rows(x, first_frame)
+        return x.float() * std + mean
+
+    def normalise_reference(self, x: Tensor) -> Tensor:
+        """[..,C,H,W], coded as frame 0 is -> the same in fp32, with the statistics of frame 0."""
+        return self.normalise_video(x.unsqueeze(-4)).squeeze(-4)
+
+    def normalise_struct(self, x: Tensor) -> Tensor:
+        """[..,Cs] -> the same in fp32, normalised."""
+        return (x.float() - self.struct_mean.to(x.device)) / self.struct_std.to(x.device)
+
+    def denormalise_struct(self, x: Tensor) -> Tensor:
+        """Inverse of `normalise_struct`, fp32."""
+        return x.float() * self.struct_std.to(x.device) + self.struct_mean.to(x.device)
+
+    def normalise_audio(self, x: Tensor) -> Tensor:
+        """[..,Ca] -> the same in fp32, normalised."""
+        return (x.float() - self.audio_mean.to(x.device)) / self.audio_std.to(x.device)
+
+    def _video_rows(self, x: Tensor, first_frame: int) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of every frame of `x`, each [F,C,1,1] on x's device."""
+        if x.ndim < 4 or x.shape[-3] != self.video_mean.shape[1] or first_frame < 0:
+            expected = f"[..,F,{self.video_mean.shape[1]},H,W] from frame 0 or later"
+            raise ValueError(f"video of shape {list(x.shape)} from frame {first_frame}: expected {expected}")
+        row = [0 if first_frame + frame == 0 else 1 for frame in range(x.shape[-4])]
+        mean, std = self.video_mean[row], self.video_std[row]
+        return mean[:, :, None, None].to(x.device), std[:, :, None, None].to(x.device)
+
+
+def floored(std: Tensor) -> Tensor:
+    """Deviations [..,D] with a floor per row: max(1e-3, 1e-2 x the median of the row).
+
+    A channel that hardly moves in the training clips carries rounding and detector noise. Divided by its own tiny
+    deviation it would weigh as much in the loss as a channel that means something, and a clip in which it does move
+    would give values in the thousands. The absolute part is below what can be seen or heard in any unit in use
+    (degrees, blendshape weights, latents of pixels in [-1, 1], log energies); the relative part catches dead channels
+    of streams with larger units. The median keeps a few large channels (angles in degrees beside offsets of a few
+    hundredths) from lifting the floor of all. Applying the floor twice changes nothing.
+    """
+    median = std.median(dim=-1, keepdim=True).values
+    return torch.maximum(std, (RELATIVE_FLOOR * median).clamp_min(ABSOLUTE_FLOOR))

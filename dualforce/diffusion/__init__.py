@@ -1,0 +1,1 @@
+"""Diffusion Forcing: per-frame noise levels, mixing, and the sampling schedule."""

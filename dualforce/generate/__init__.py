@@ -1,0 +1,1 @@
+"""From a model, an image and a sound to a talking video."""

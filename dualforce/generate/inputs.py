@@ -1,0 +1,227 @@
+"""What a user hands in (image, sound, motion, text), turned into what the model reads.
+
+Everything goes through the extractors that the model's folder names and is normalised with its statistics; another tag
+is refused, never converted. Legend as in `rollout`; P pixel frames at 25 a second.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from dualforce.codecs.face_box import face_squares, resize, square_crop
+from dualforce.codecs.face_landmarker import FaceLandmarkerModel
+from dualforce.codecs.media import read_audio, read_image
+from dualforce.codecs.motion_landmarker import NoFaceError
+from dualforce.codecs.motion_sidecar import Motion, read_motion
+from dualforce.codecs.protocols import Pixels, VideoCodec, Wave
+from dualforce.codecs.registry import audio_encoder, motion_encoder, video_codec
+from dualforce.config import ModelConfig
+from dualforce.data.statistics import StreamStatistics
+from dualforce.generate.rollout import RolloutInputs
+from dualforce.types import (
+    FPS,
+    PIXEL_FRAMES_PER_LATENT,
+    SAMPLE_RATE,
+    STRUCT_TOKENS,
+    FrameSpan,
+    audio_frames_of,
+    struct_pixels,
+)
+
+logger = logging.getLogger(__name__)
+
+SAMPLES_PER_FRAME = SAMPLE_RATE // FPS
+
+
+class GenerateError(ValueError):
+    """Something handed in cannot be used; the message is one line for the user."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The files a video is generated from, and how much of the sound is used (None: all of it)."""
+
+    image: Path
+    audio: Path
+    motion: Path | None = None
+    text: Path | None = None
+    face_landmarker: Path | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Rollout inputs, and what is needed to write the result: P pictures with the sound [640 P] at 16 kHz."""
+
+    inputs: RolloutInputs
+    statistics: StreamStatistics
+    codec: VideoCodec
+    pixel_frames: int
+    wave: Wave
+
+
+def prepare(sources: Sources, config: Mapping[str, Any], model: ModelConfig, origin: str) -> Prepared:
+    """Read and code all inputs for a model folder's `config`. `origin` names the folder in errors.
+
+    Raises GenerateError, MediaError, SidecarError or CodecError, each with one line.
+    """
+    statistics = StreamStatistics.from_manifest(config, origin)
+    extractors = config["extractors"]
+    codec = video_codec(extractors["video"]["tag"])
+    size = _pixel_size(config["geometry"], codec, origin)
+    wave, count = _sound(sources.audio, sources.seconds)
+    frames = whole_frames(count, model.frames_per_chunk)
+    picture = _face(sources.image, size, sources.face_landmarker)
+    motion = _motion(sources, extractors["motion"], picture, count)
+    given = len(motion) > 1
+    inputs = RolloutInputs(
+        reference=statistics.normalise_reference(codec.encode_image(picture)),
+        first_motion=statistics.normalise_struct(motion[:1]).expand(STRUCT_TOKENS, -1),
+        audio=statistics.normalise_audio(_audio(wave, extractors["audio"]["tag"], frames, model.audio.context)),
+        text=None if sources.text is None else read_text(sources.text, model),
+        struct=statistics.normalise_struct(_on_clock(motion, frames)) if given else None,
+    )
+    _check_widths(inputs, model, origin)
+    return Prepared(inputs, statistics, codec, count, wave[: count * SAMPLES_PER_FRAME])
+
+
+def whole_frames(pixel_frames: int, frames_per_chunk: int) -> int:
+    """Latent frames of whole chunks [1, n, n, ...] that hold at least `pixel_frames` pixel frames."""
+    per_chunk = PIXEL_FRAMES_PER_LATENT * frames_per_chunk
+    return 1 + frames_per_chunk * -(-(pixel_frames - 1) // per_chunk)
+
+
+def read_text(path: Path, model: ModelConfig) -> Tensor:
+    """The text embedding [E,Ct] fp32 of a safetensors file with the tensor "text". Raises GenerateError."""
+    if not (model.video.text or model.struct.text):
+        raise GenerateError(f"--text-embedding {path}: this model was built without text attention: expected no text")
+    if not path.is_file():
+        raise GenerateError(f"--text-embedding {path}: no such file")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            names = sorted(file.keys())
+            if "text" not in names:
+                raise GenerateError(f"--text-embedding {path}: tensors {names}: expected one called 'text'")
+            text: Tensor = file.get_tensor("text").float()
+    except (SafetensorError, OSError) as error:
+        raise GenerateError(f"--text-embedding {path}: cannot be read as safetensors ({error})") from None
+    width = model.video.text_dim
+    if text.dim() != 2 or not len(text) or text.shape[1] != width or not torch.isfinite(text).all():
+        raise GenerateError(f"--text-embedding {path}: text of shape {list(text.shape)}: expected finite [E,{width}]")
+    return text
+
+
+def _pixel_size(geometry: Mapping[str, Any], codec: VideoCodec, origin: str) -> int:
+    """Edge of the model's pictures; GenerateError when it does not fit its latents."""
+    size, latent = geometry.get("pixel_size"), geometry.get("latent")
+    if not isinstance(size, int) or size < 1:
+        raise GenerateError(f"{origin}: geometry.pixel_size = {size!r}: expected a number of pixels")
+    expected = [codec.channels, size // codec.stride, size // codec.stride]
+    if latent != expected:
+        raise GenerateError(f"{origin}: geometry.latent = {latent}: expected {expected} for pixel_size = {size}")
+    return size
+
+
+def _sound(path: Path, seconds: float | None) -> tuple[Wave, int]:
+    """(the sound cut to whole pixel frames, pixel frames to generate)."""
+    wave = read_audio(path)
+    if not np.isfinite(wave).all():
+        raise GenerateError(f"--audio {path}: contains NaN or infinity: expected finite samples")
+    available = len(wave) // SAMPLES_PER_FRAME
+    if not available:
+        raise GenerateError(f"--audio {path}: {len(wave) / SAMPLE_RATE:.3f} s of sound: expected at least {1 / FPS} s")
+    count = available if seconds is None else round(seconds * FPS)
+    if not 1 <= count <= available:
+        raise GenerateError(
+            f"--seconds {seconds}: expected {1 / FPS} to {available / FPS:g}, the length of {path} in whole frames"
+        )
+    return wave[: available * SAMPLES_PER_FRAME], count
+
+
+def _audio(wave: Wave, tag: str, frames: int, context: int) -> Tensor:
+    """Windows [F,A+2c,Ca]; sound beyond the generated part is used where it exists, then the last frame repeats."""
+    features = audio_encoder(tag).encode(wave)
+    return features[audio_frames_of(FrameSpan(0, frames), context).clamp_max(len(features) - 1)]
+
+
+def _face(path: Path, size: int, face_landmarker: Path | None) -> Pixels:
+    """The reference picture [size,size,3]: as it is at the model's size, else the face crop as of training clips."""
+    picture = read_image(path)
+    height, width = picture.shape[:2]
+    if height == width == size:
+        logger.info("%s: used as it is (%d x %d)", path, width, height)
+        return picture
+    if face_landmarker is not None:
+        return _cropped(path, picture, size, face_landmarker)
+    if height != width:
+        raise GenerateError(
+            f"--image {path}: {width} x {height} pixels: expected a square picture, or --face-landmarker FILE to find "
+            "the face in it"
+        )
+    logger.info("%s: square, resized from %d to %d pixels without looking for the face", path, width, size)
+    return resize(picture, size)
+
+
+def _cropped(path: Path, picture: Pixels, size: int, face_landmarker: Path) -> Pixels:
+    with FaceLandmarkerModel(face_landmarker, video=False, max_faces=4) as landmarker:
+        faces = landmarker.faces(picture)
+    if not faces:
+        raise GenerateError(f"--image {path}: no face found: expected a picture of a face")
+    if len(faces) > 1:
+        logger.warning("%s: %d faces, the largest is used", path, len(faces))
+    square = face_squares(faces[0].box[None])[0]
+    logger.info("%s: cropped to the face, a square of %.0f pixels around (%.0f, %.0f)", path, square[2], *square[:2])
+    return square_crop(picture, square, size)
+
+
+def _motion(sources: Sources, extractor: Mapping[str, Any], picture: Pixels, count: int) -> Tensor:
+    """Motion [1,Cs] of frame 0, or [P,Cs] of the whole clip when a motion file has more than one row."""
+    tag = extractor["tag"]
+    if sources.motion is not None:
+        return _given_motion(sources.motion, read_motion(sources.motion), extractor, count)
+    encoder = motion_encoder(tag, sources.face_landmarker)
+    try:
+        return encoder.encode(picture[None], FPS)
+    except NoFaceError:
+        raise GenerateError(
+            f"--image {sources.image}: no face found in its crop: expected a picture of a face"
+        ) from None
+
+
+def _given_motion(path: Path, motion: Motion, extractor: Mapping[str, Any], count: int) -> Tensor:
+    if motion.tag != extractor["tag"]:
+        raise GenerateError(f"--motion {path}: motion.tag = {motion.tag!r}: expected {extractor['tag']!r}, the model's")
+    names = tuple(extractor.get("names", motion.names))
+    if motion.names != names:
+        raise GenerateError(
+            f"--motion {path}: motion.names = {list(motion.names)}: expected {list(names)}, the model's"
+        )
+    rows = len(motion.values)
+    if rows > 1 and rows < count:
+        raise GenerateError(
+            f"--motion {path}: {rows} rows: expected 1 (motion of frame 0), or at least {count} pixel frames"
+        )
+    return motion.values[:count]
+
+
+def _on_clock(motion: Tensor, frames: int) -> Tensor:
+    """[P,Cs] -> [F,Q,Cs]; frames that are generated only to be trimmed repeat the last row."""
+    return motion[struct_pixels(FrameSpan(0, frames)).clamp_max(len(motion) - 1)]
+
+
+def _check_widths(inputs: RolloutInputs, model: ModelConfig, origin: str) -> None:
+    found = {"motion": inputs.first_motion.shape[-1], "audio": inputs.audio.shape[-1]}
+    for name, expected in (("motion", model.struct.in_dim), ("audio", model.audio.dim)):
+        if found[name] != expected:
+            raise GenerateError(
+                f"{origin}: {name} of width {found[name]}: expected {expected}, as the model's config says"
+            )

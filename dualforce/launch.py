@@ -1,0 +1,85 @@
+"""Where a process meets its environment: ranks, device, threads, seeds and logging. The only reader of it."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import random
+import socket
+
+import numpy
+import torch
+
+from megatron_ext.parallel.grid import ProcessGrid
+
+
+def start(sequence: int, seed: int) -> ProcessGrid:
+    """Join the other ranks of this run and return the grid; works under deepspeed, torchrun, slurm's torchrun, and alone.
+
+    Raises ValueError when `sequence` does not divide the world size. Also seeds the global generators (initial weights;
+    noise has its own) and sets up logging.
+    """
+    cuda = torch.cuda.is_available()
+    _defaults(cuda)
+    rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", force=True
+    )
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    else:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
+    deepspeed = _import_deepspeed(cuda)
+    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    seed_everything(seed)
+    return ProcessGrid.build(sequence, device)
+
+
+def is_main() -> bool:
+    """Whether this process speaks for the run."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch, on every device, the same on every rank: all ranks then start from equal weights."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _defaults(cuda: bool) -> None:
+    alone = "RANK" not in os.environ
+    world = os.environ.setdefault("WORLD_SIZE", "1")
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    # The deepspeed launcher sets no LOCAL_WORLD_SIZE; on one node it is the world.
+    os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world))
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if alone:
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if os.environ["LOCAL_WORLD_SIZE"] == world and "lo" in (name for _, name in socket.if_nameindex()):
+            # All ranks are here: do not depend on the machine's name resolving to a reachable address.
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _import_deepspeed(cuda: bool):  # type: ignore[no-untyped-def]
+    """DeepSpeed reads its accelerator when it is imported, so the import waits for the environment."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed = importlib.import_module("deepspeed")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not cuda:
+        # On the CPU init_distributed would compile a communication op that training never uses, for minutes, and a
+        # killed build leaves a lock that makes every later run wait.
+        importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

@@ -1,0 +1,1 @@
+"""The four training losses and the one place where they are normalised."""

@@ -1,0 +1,1 @@
+"""The dual-tower transformer. Knows nothing of ranks, files or noise schedules."""

@@ -1,0 +1,95 @@
+"""Stages 5 to 8: what the model learns from in one window. Each result carries the tag of its extractor.
+
+Legend: P = 81 pixel frames, F = 21 latent frames, H,W pixels, C,h,w latent channels and size, Cs and Ca widths of
+structure and audio.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dualforce.codecs.face_box import Pixels
+from dualforce.codecs.media_clock import Wave
+from dualforce.codecs.motion_landmarker import NoFaceError
+from dualforce.codecs.motion_sidecar import Motion
+from dualforce.codecs.protocols import AudioEncoder, MotionEncoder, VideoCodec
+from dualforce.preprocess.reasons import Reason, Rejected
+from dualforce.preprocess.windows import SAMPLES_PER_FRAME, Window
+from dualforce.types import FPS, FrameSpan, audio_frames_of, latent_frames, struct_pixels
+
+VOICED_SHARE = 0.1  # 20 dB below the loud parts of the video
+VOICED_LEAST = 1e-3  # -60 dB of full scale
+
+
+class Extracted(NamedTuple):
+    """A stream and the tag of the extractor it comes from."""
+
+    tag: str
+    data: Tensor
+
+
+def video_latents(codec: VideoCodec, pixels: Pixels) -> Extracted:
+    """Latents [F,C,h,w] float16 of the window's crops [P,H,W,3] uint8."""
+    return Extracted(codec.tag, _finite(codec.encode(pixels), codec.tag).half())
+
+
+def reference_latent(codec: VideoCodec, pixels: Pixels) -> Extracted:
+    """Latent [C,h,w] float16 of the window's first crop, coded alone: the reference image."""
+    return Extracted(codec.tag, _finite(codec.encode_image(pixels[0]), codec.tag).half())
+
+
+def picture_motion(encoder: MotionEncoder, pixels: Pixels) -> Extracted:
+    """Structure [F,4,Cs] fp32 of the window's crops. Raises Rejected (R_NOFACE): a missing face is never filled in."""
+    try:
+        rows = encoder.encode(pixels, FPS)
+    except NoFaceError as error:
+        raise Rejected(Reason.R_NOFACE, f"{error} of the window") from error
+    return Extracted(encoder.tag, _struct(_finite(rows, encoder.tag)))
+
+
+def sidecar_motion(motion: Motion, window: Window) -> Extracted:
+    """Structure [F,4,Cs] fp32 of the window from the motion that a rendered clip carries."""
+    rows = motion.values[window.start : window.start + window.length]
+    return Extracted(motion.tag, _struct(_finite(rows, motion.tag)))
+
+
+def audio_track(encoder: AudioEncoder, wave: Wave) -> Extracted:
+    """Features [N,Ca] fp32 at 50 Hz of a video's whole sound: windows cut from it have their true surroundings."""
+    return Extracted(encoder.tag, _finite(encoder.encode(wave), encoder.tag))
+
+
+def audio_window(track: Extracted, window: Window) -> Extracted:
+    """Audio [F,8,Ca] float16 of the window, on the latent-frame clock."""
+    rows = track.data[2 * window.start : 2 * (window.start + window.length)]
+    span = FrameSpan(0, latent_frames(window.length))
+    return Extracted(track.tag, rows[audio_frames_of(span)].half())
+
+
+def voiced_frames(wave: Wave, window: Window) -> Tensor:
+    """[F] bool: something is heard in the latent frame.
+
+    The sound of latent frame j >= 1 is that of pixel frames 4j-3 .. 4j, of frame 0 that of pixel frame 0. It counts as
+    heard when its RMS is at least a tenth (-20 dB) of the video's loud parts, the 95th percentile of the RMS per pixel
+    frame, and at least -60 dB of full scale. This is loudness, not speech recognition: music counts too.
+    """
+    whole = np.square(wave[: len(wave) // SAMPLES_PER_FRAME * SAMPLES_PER_FRAME], dtype=np.float64)
+    power = whole.reshape(-1, SAMPLES_PER_FRAME).mean(axis=1)
+    least = max(VOICED_LEAST, VOICED_SHARE * float(np.percentile(np.sqrt(power), 95)))
+    mine = torch.from_numpy(power[window.start : window.start + window.length])
+    level = mine[struct_pixels(FrameSpan(0, latent_frames(window.length)))].mean(dim=1).sqrt()
+    return level >= least
+
+
+def _struct(rows: Tensor) -> Tensor:
+    """Rows [P,Cs] of pixel frames -> [F,4,Cs] on the latent-frame clock."""
+    return rows[struct_pixels(FrameSpan(0, latent_frames(len(rows))))].contiguous()
+
+
+def _finite(values: Tensor, tag: str) -> Tensor:
+    if not bool(torch.isfinite(values).all()):
+        raise Rejected(Reason.E_NONFINITE, f"{tag} gave NaN or infinity: expected finite values")
+    return values

@@ -1,0 +1,207 @@
+"""One video through all stages, to samples on the disk or to reasons why not."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.torch import load_file, save_file
+
+from data_shards.schema import ClipSample
+from dualforce.codecs import audio_logmel, motion_landmarker, video_dct
+from dualforce.codecs.face_box import Pixels, resize, square_boxes
+from dualforce.codecs.media import MediaError, MediaInfo, probe, read_sound
+from dualforce.codecs.media_clock import PlacedSound
+from dualforce.codecs.motion_sidecar import Sidecar, SidecarError, read_sidecar
+from dualforce.codecs.registry import audio_encoder, motion_encoder, video_codec
+from dualforce.preprocess import features, quality
+from dualforce.preprocess.face_crop import CropTrack, crop_frames, plan_crop
+from dualforce.preprocess.face_track import FaceTrack, track_faces, track_sidecar
+from dualforce.preprocess.quality import Limits
+from dualforce.preprocess.reasons import Reason, Rejected
+from dualforce.preprocess.windows import Window, check_window, plan_windows
+
+VIDEO_TAG = video_dct.TAG
+AUDIO_TAG = audio_logmel.TAG
+
+
+@dataclass(frozen=True)
+class Job:
+    """One video: where it is, what it is called in the shards, and how to treat it.
+
+    Either `sidecar` or `landmarker` is set.
+    """
+
+    video: Path
+    source: str
+    key: str
+    identity: str
+    sha256: str
+    bytes: int
+    size: int
+    limits: Limits
+    sidecar: Path | None
+    landmarker: Path | None
+    scratch: Path
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a video: files of its samples (stems in the scratch folder) in order, rejections, seconds."""
+
+    source: str
+    samples: tuple[Path, ...] = ()
+    rejected: tuple[dict[str, Any], ...] = ()
+    seconds: float = 0.0
+
+
+@dataclass
+class _Clip:
+    """A video that passed the checks, with what its windows share."""
+
+    job: Job
+    info: MediaInfo
+    sidecar: Sidecar | None
+    sound: PlacedSound
+    track: FaceTrack
+    crop: CropTrack
+    audio: features.Extracted
+    rejected: list[dict[str, Any]] = field(default_factory=list)
+
+    def reject(self, window: Window, error: Rejected) -> None:
+        self.rejected.append(rejection(self.job.source, error.reason, error.detail, window.index))
+
+
+def process_video(job: Job) -> Outcome:
+    """Run all stages on one video and write its samples to the scratch folder. Raises nothing that the video can cause:
+    whatever is wrong with it is in `rejected`."""
+    begun = time.monotonic()
+    try:
+        clip = _prepare(job)
+        samples = tuple(_store(job, sample) for sample in _samples(clip))
+        rejected = tuple(clip.rejected)
+    except Rejected as error:
+        samples, rejected = (), (rejection(job.source, error.reason, error.detail),)
+    except MediaError as error:
+        samples, rejected = (), (rejection(job.source, Reason.E_DECODE, error.cause),)
+    except SidecarError as error:
+        samples, rejected = (), (rejection(job.source, Reason.E_SIDECAR, str(error)),)
+    except Exception as error:
+        # One odd file among thousands must not end the build, whatever a decoder or detector makes of it; the type and
+        # text are kept, and a fault that hits every file still ends it, for want of samples.
+        detail = f"{type(error).__name__}: {error}".splitlines()[0]
+        samples, rejected = (), (rejection(job.source, Reason.E_INTERNAL, detail),)
+    return Outcome(job.source, samples, rejected, time.monotonic() - begun)
+
+
+def rejection(source: str, reason: Reason, detail: str, window: int | None = None) -> dict[str, Any]:
+    """One entry of the manifest's list."""
+    entry: dict[str, Any] = {"source": source, "reason": str(reason), "detail": detail}
+    return entry if window is None else {**entry, "window": window}
+
+
+def load_sample(stem: Path) -> ClipSample:
+    """Read back what `process_video` wrote."""
+    tensors = load_file(stem.with_suffix(".safetensors"))
+    record = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
+    absent = {"flame": None, "flame_valid": None, "text": None}
+    return ClipSample(**{**absent, **tensors, **record})
+
+
+def _prepare(job: Job) -> _Clip:
+    """The stages that look at the whole video: sound, face track, checks, crop, audio features."""
+    info = probe(job.video)
+    sound = quality.check_sound(read_sound(job.video, info.zero), job.limits)
+    sidecar = None
+    if job.sidecar is not None:
+        sidecar = read_sidecar(job.sidecar)
+        track = track_sidecar(job.video, sidecar)
+    elif job.landmarker is not None:
+        track = track_faces(job.video, job.landmarker)
+    else:
+        raise ValueError(f"{job.source}: neither sidecar nor face landmarker: expected one of them")
+    quality.check_faces(track, job.size, job.limits)
+    audio = features.audio_track(audio_encoder(AUDIO_TAG), sound.wave)
+    return _Clip(job, info, sidecar, sound, track, plan_crop(track), audio)
+
+
+def _samples(clip: _Clip) -> Iterator[ClipSample]:
+    """The samples of the windows that hold up; the others go to `clip.rejected`."""
+    windows = []
+    for window in plan_windows(clip.track.frames, clip.job.limits.frames):
+        try:
+            check_window(window, clip.sound, clip.crop.cuts)
+            quality.check_loudness(clip.sound.wave[window.samples], clip.job.limits.window_rms)
+            windows.append(window)
+        except Rejected as error:
+            clip.reject(window, error)
+    for window, crops in _window_crops(clip, windows):
+        try:
+            yield _sample(clip, window, crops)
+        except Rejected as error:
+            clip.reject(window, error)
+
+
+def _window_crops(clip: _Clip, windows: list[Window]) -> Iterator[tuple[Window, Pixels]]:
+    """Crops [81,S,S,3] of one window after the other: one window of pictures is held at a time."""
+    size = clip.job.size if clip.sidecar else max(clip.job.size, motion_landmarker.CROP_SIZE)
+    frames = crop_frames(clip.job.video, clip.crop, [window.frames for window in windows], size)
+    for window in windows:
+        yield window, np.stack([next(frames)[1] for _ in window.frames])
+
+
+def _sample(clip: _Clip, window: Window, crops: Pixels) -> ClipSample:
+    """Every stream of one window. Raises Rejected."""
+    job = clip.job
+    if clip.sidecar is not None:
+        motion = features.sidecar_motion(clip.sidecar.motion, window)
+    else:
+        motion = features.picture_motion(motion_encoder(motion_landmarker.TAG, job.landmarker), crops)
+    pixels = np.stack([resize(picture, job.size) for picture in crops])
+    codec = video_codec(VIDEO_TAG)
+    return ClipSample(
+        key=f"{job.key}-w{window.index:04d}",
+        identity=job.identity,
+        video=features.video_latents(codec, pixels).data,
+        reference=features.reference_latent(codec, pixels).data,
+        struct=motion.data,
+        audio=features.audio_window(clip.audio, window).data,
+        voiced=features.voiced_frames(clip.sound.wave, window),
+        flame=None,
+        flame_valid=None,
+        text=None,
+        meta=_meta(clip, window, motion.tag),
+    )
+
+
+def _meta(clip: _Clip, window: Window, motion_tag: str) -> dict[str, Any]:
+    """Where the sample comes from and how it was made; crop boxes (x0, y0, x1, y1) in source pixels per frame."""
+    boxes = square_boxes(clip.crop.squares[window.start : window.start + window.length])
+    info = clip.info
+    meta: dict[str, Any] = {
+        "source": clip.job.source,
+        "sha256": clip.job.sha256,
+        "window": window.index,
+        "first_pixel_frame": window.start,
+        "file": {"codec": info.codec, "width": info.width, "height": info.height, "fps": round(info.rate, 4)},
+        "crop": {"tag": clip.crop.tag, "faces": clip.track.tag, "boxes": boxes.round(1).tolist()},
+        "tags": {"video": VIDEO_TAG, "motion": motion_tag, "audio": AUDIO_TAG},
+        "checks": quality.report(clip.track, clip.sound),
+    }
+    if clip.sidecar is not None:
+        meta |= {"licence": clip.sidecar.licence, "audio_offset_s": clip.sidecar.audio_offset}
+    return meta
+
+
+def _store(job: Job, sample: ClipSample) -> Path:
+    """Write a sample to the scratch folder; returns the path without suffix."""
+    stem = job.scratch / sample.key
+    save_file({name: value.contiguous() for name, value in sample.tensors().items()}, stem.with_suffix(".safetensors"))
+    record = {"key": sample.key, "identity": sample.identity, "meta": sample.meta}
+    stem.with_suffix(".json").write_text(json.dumps(record), encoding="utf-8")
+    return stem

@@ -1,0 +1,31 @@
+"""Why a video, or a window of it, does not become a sample. E_ codes are files that cannot be used, R_ codes are
+footage that must not be."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Reason(StrEnum):
+    E_DECODE = "E_DECODE"  # not a video, damaged, or unreadable
+    E_SIDECAR = "E_SIDECAR"  # the sidecar contradicts its format or the video
+    E_NONFINITE = "E_NONFINITE"  # an extractor gave NaN or infinity
+    E_INTERNAL = "E_INTERNAL"  # a library failed in a way no other code describes
+    E_CRASH = "E_CRASH"  # the process that read the video died
+    R_DUPLICATE = "R_DUPLICATE"  # the same bytes as another file of the folder
+    R_NOAUDIO = "R_NOAUDIO"  # no sound stream, or none during the window
+    R_SILENT = "R_SILENT"  # a sound stream with nothing in it
+    R_SHORT = "R_SHORT"  # fewer pixel frames than one window
+    R_NOFACE = "R_NOFACE"  # a face is missing in too many frames, or in one whose motion is needed
+    R_SMALLFACE = "R_SMALLFACE"  # the face has too few pixels
+    R_MULTIFACE = "R_MULTIFACE"  # another face nearly as large
+    R_CUT = "R_CUT"  # the face jumps within the window: a cut
+
+
+class Rejected(Exception):
+    """Raised by a stage: this video or window is not used, and why."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail

@@ -1,0 +1,84 @@
+"""`deepspeed --module dualforce.train --run FILE --out DIR`; also `torchrun -m` and, for one process, `python -m`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from dualforce import launch
+from dualforce.config import ConfigError, ModelConfig, RunConfig, check_run, load_run
+
+
+def main() -> None:
+    """Parse, check, train; a wrong input is one line on stderr and exit code 2."""
+    arguments = _parser().parse_args()
+    try:
+        overrides = list(arguments.set)
+        if arguments.seed is not None:
+            overrides.append(f"train.seed={arguments.seed}")
+        run = load_run(arguments.run, overrides)
+        _check_out(arguments.out, arguments.resume)
+        _run(run, arguments.out, arguments.resume)
+    except ValueError as error:  # ConfigError and ShardError too; every rank meets the same one
+        if launch.is_main():
+            print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dualforce.train", description="Train a dual-tower model.")
+    parser.add_argument("--run", type=Path, required=True, help="run file, for example ds_configs/runs/tiny.json")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--seed", type=int, help="same as --set train.seed=N")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the run file")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
+    return parser
+
+
+def _check_out(out: Path, resume: bool) -> None:
+    if not resume and (out / "checkpoints").exists():
+        raise ConfigError(f"{out}: holds checkpoints; add --resume to go on, or name another --out")
+    if resume and not (out / "checkpoints").exists():
+        raise ConfigError(f"{out}: --resume, but there is no checkpoints folder")
+
+
+def _run(run: RunConfig, out: Path, resume: bool) -> None:
+    # What needs torch, DeepSpeed or the shards comes after the run file has been checked: a typo answers at once.
+    from data_shards.reader import ShardSet
+    from dualforce.train.setup import model_config, prepare_job
+    from dualforce.train.loop import train
+
+    shards = ShardSet.open(Path(run.data.shards))
+    model = model_config(run, shards.manifest)
+    check_run(run.model_copy(update={"model": run.model.model_copy(update={"frames_per_chunk": model.frames_per_chunk})}),
+              "run")  # fmt: skip
+    grid = launch.start(run.parallel.sequence, run.train.seed)
+    job, start = prepare_job(run, model, shards, grid, out, resume)
+    if grid.rank == 0:
+        _write_config(out, run, model, shards.manifest)
+    train(job, start)
+
+
+def _write_config(out: Path, run: RunConfig, model: ModelConfig, manifest: dict[str, Any]) -> None:
+    video = manifest["extractors"]["video"]
+    geometry = {
+        "pixel_size": manifest["pixel_size"],
+        "latent": [video["channels"], video["height"], video["width"]],
+        "frames": manifest["frames"],
+    }
+    content = {
+        "run": run.model_dump(mode="json"),
+        "model": model.model_dump(mode="json"),
+        "extractors": manifest["extractors"],
+        "statistics": manifest["statistics"],
+        "geometry": geometry,
+    }
+    (out / "config.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

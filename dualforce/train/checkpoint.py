@@ -1,0 +1,158 @@
+"""Saving, resuming and reading checkpoints. DeepSpeed's files are pickles, so only a run's own folder is ever loaded.
+
+RUN/checkpoints/step-000010/   DeepSpeed's files, rng-00000.safetensors per rank, state.json
+RUN/checkpoints/LATEST         the newest complete one, replaced after every rank has written
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dualforce.config import ConfigError, read_json
+from megatron_ext.parallel.grid import ProcessGrid
+
+POINTER = "LATEST"
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """What DeepSpeed does not keep. The data position is the step: order and noise are functions of (seed, step)."""
+
+    step: int  # optimizer steps done
+    world: int
+    sequence: int
+    zero_stage: int
+    run: dict[str, Any]  # the run's configuration
+
+
+def save(engine: Any, run_dir: Path, state: SavedState, grid: ProcessGrid) -> None:
+    """Write a checkpoint; every rank calls it. The pointer moves only after all ranks have finished."""
+    folder, tag = run_dir / "checkpoints", _tag(state.step)
+    engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+    save_file(_generator_states(grid.device), folder / tag / f"rng-{grid.rank:05d}.safetensors")
+    if grid.rank == 0:
+        _replace(folder / tag / "state.json", json.dumps(asdict(state), indent=1))
+    if grid.world > 1:
+        dist.barrier()
+    if grid.rank == 0:
+        _replace(folder / POINTER, tag + "\n")
+
+
+def read_state(run_dir: Path, step: int | None = None) -> SavedState:
+    """The state of a run's newest complete checkpoint, or of `step`; ConfigError when there is none."""
+    folder = run_dir / "checkpoints"
+    pointer = folder / POINTER
+    if step is None and not pointer.is_file():
+        raise ConfigError(f"{pointer}: no such file; expected a run with a checkpoint")
+    tag = pointer.read_text(encoding="utf-8").strip() if step is None else _tag(step)
+    values = read_json(folder / tag / "state.json")
+    try:
+        return SavedState(**values)
+    except TypeError as error:
+        raise ConfigError(f"{folder / tag / 'state.json'}: {error}") from None
+
+
+def resume(engine: Any, run_dir: Path, expected: SavedState, grid: ProcessGrid) -> int:
+    """Load the newest checkpoint into the engine and the generators; returns the steps done.
+
+    Raises ConfigError when the checkpoint was written with other ranks or another configuration; lengths and intervals of
+    the run may differ.
+    """
+    saved = read_state(run_dir)
+    _check_same(saved, expected, run_dir)
+    folder, tag = run_dir / "checkpoints", _tag(saved.step)
+    loaded, _ = engine.load_checkpoint(str(folder), tag=tag)
+    if loaded is None:
+        raise ConfigError(f"{folder / tag}: DeepSpeed found nothing to load")
+    _restore_generators(load_file(folder / tag / f"rng-{grid.rank:05d}.safetensors"), grid.device)
+    return saved.step
+
+
+def read_fp32_state(run_dir: Path, step: int | None = None) -> dict[str, Tensor]:
+    """All weights of a checkpoint in fp32 on the CPU, whatever the ZeRO stage; needs neither GPU nor ranks.
+
+    Keys are those of TrainModule: `model.` for the towers, `heads.` for the loss heads.
+    """
+    saved = read_state(run_dir, step)
+    folder, tag = run_dir / "checkpoints", _tag(saved.step)
+    if saved.zero_stage == 0:
+        # No partitions to merge: the module's own state dict is whole. The file also holds DeepSpeed's bookkeeping, so
+        # weights_only refuses it unless its few plain types are allowed.
+        path = folder / tag / "mp_rank_00_model_states.pt"
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return {name: tensor.float() for name, tensor in content["module"].items()}
+    zero_to_fp32 = importlib.import_module("deepspeed.utils.zero_to_fp32")
+    state: dict[str, Tensor] = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=tag)
+    return state
+
+
+def _check_same(saved: SavedState, expected: SavedState, run_dir: Path) -> None:
+    for name in ("world", "sequence", "zero_stage"):
+        old, new = getattr(saved, name), getattr(expected, name)
+        if old != new:
+            raise ConfigError(f"{run_dir}: checkpoint of step {saved.step} has {name} = {old}, this run {new}")
+    for key, old, new in _differences(saved.run, expected.run, ""):
+        if key not in FREE_ON_RESUME:
+            raise ConfigError(
+                f"{run_dir}: checkpoint of step {saved.step} has {key} = {json.dumps(old)}, this run {json.dumps(new)}"
+            )
+
+
+FREE_ON_RESUME = frozenset(
+    f"train.{name}" for name in ("stop_at", "log_every", "save_every", "validate_every", "image_every")
+) | {"data.prefetch", "data.shards", "deepspeed"}
+
+
+def _differences(old: Any, new: Any, key: str) -> list[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = sorted(old.keys() | new.keys())
+        return [d for n in names for d in _differences(old.get(n), new.get(n), f"{key}.{n}" if key else n)]
+    return [] if old == new else [(key, old, new)]
+
+
+def _tag(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write to a temporary name, flush to the disk, rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _generator_states(device: torch.device) -> dict[str, Tensor]:
+    states = {"torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    version, internal, gauss = random.getstate()
+    states["python"] = torch.tensor(internal, dtype=torch.int64)
+    name, keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)
+    if gauss is None and not has_gauss and name == "MT19937" and version == 3:
+        states["numpy"] = torch.tensor([*keys.tolist(), position], dtype=torch.int64)
+        return states
+    raise RuntimeError(f"generator states python {version}, numpy {name}, pending normals {gauss} {cached}: not plain")
+
+
+def _restore_generators(states: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["torch"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
+    random.setstate((3, tuple(states["python"].tolist()), None))
+    *keys, position = states["numpy"].tolist()
+    numpy.random.set_state(("MT19937", numpy.array(keys, dtype=numpy.uint32), position, 0, 0.0))

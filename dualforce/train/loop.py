@@ -1,0 +1,135 @@
+"""The training loop: steps, validation, logging, checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dualforce.codecs.registry import video_codec
+from dualforce.data.loader import StepLoader
+from dualforce.train.checkpoint import SavedState, save
+from dualforce.train.metrics import RunLog, StepMetrics
+from dualforce.train.step import StepContext, train_step
+from dualforce.train.validate import HeldOut, sample_frames, validate
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that is ready to train."""
+
+    engine: Any
+    context: StepContext
+    loader: StepLoader
+    held_out: HeldOut | None
+    log: RunLog
+    run_dir: Path
+    video_tag: str
+    state: SavedState  # of step 0
+    tokens_per_frame: int  # of both towers
+
+    @property
+    def main(self) -> bool:
+        return self.context.grid.rank == 0
+
+
+def train(job: Job, start: int) -> None:
+    """Run the optimizer steps from `start` (steps done so far) to the end of the run or to its `stop_at`."""
+    run = job.context.run.train
+    stop = min(run.steps, run.stop_at or run.steps)
+    metrics, clock = StepMetrics(job.context.grid), _Clock(job.loader)
+    if start == 0:
+        _validate(job, 0)
+    clock.read(1)
+    with _progress(job.main) as progress:
+        task = progress.add_task("training", total=run.steps, completed=start)
+        logged = start
+        for done, batches in enumerate(job.loader, start=start + 1):
+            norm = train_step(job.engine, batches, job.context, done - 1, metrics.add)
+            progress.update(task, completed=done)
+            last = done == stop
+            if done % run.log_every == 0 or last:
+                _log(job, metrics, clock, done, done - logged, norm)
+                logged = done
+            with clock.paused():
+                if done % run.validate_every == 0 or last:
+                    _validate(job, done)
+                if done % run.image_every == 0 or last:
+                    _images(job, done)
+                if done % run.save_every == 0 or last:
+                    save(job.engine, job.run_dir, replace(job.state, step=done), job.context.grid)
+    job.log.close()
+
+
+class _Clock:
+    """Seconds and data wait per step since the last reading; validation, pictures and saving are not counted."""
+
+    def __init__(self, loader: StepLoader) -> None:
+        self._loader, self._began, self._wait = loader, time.perf_counter(), 0.0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - began
+
+    def read(self, steps: int) -> tuple[float, float]:
+        """(seconds, seconds waited for data) a step over the last `steps` steps."""
+        now, wait = time.perf_counter(), self._loader.wait_seconds
+        values = (now - self._began) / steps, (wait - self._wait) / steps
+        self._began, self._wait = now, wait
+        return values
+
+
+def _log(job: Job, metrics: StepMetrics, clock: _Clock, step: int, steps: int, norm: Any) -> None:
+    values = metrics.read(steps)  # waits for the device, so the seconds below are the device's
+    seconds, waited = clock.read(steps)
+    run = job.context.run
+    values["grad_norm"] = float(norm)
+    values["learning_rate"] = job.engine.get_lr()[0]
+    values["seconds_per_step"], values["data_wait"] = seconds, waited
+    values["tokens_per_second"] = run.data.clips_per_step * run.data.frames * job.tokens_per_frame / seconds
+    job.log.write("train", step, values)
+    if not all(math.isfinite(values[name]) for name in ("total", "grad_norm")):
+        logger.warning("step %d: loss %s, gradient norm %s", step, values["total"], values["grad_norm"])
+
+
+def _validate(job: Job, step: int) -> None:
+    if job.held_out is None:
+        return
+    values = validate(job.engine, job.held_out, job.context)
+    job.log.write("validation", step, values)
+    logger.info(
+        "step %d: validation video %.4f (linear predictor %.4f, zero %.4f), struct %.4f",
+        step, values["video"], values["video_linear"], values["video_zero"], values["struct"],
+    )  # fmt: skip
+
+
+def _images(job: Job, step: int) -> None:
+    """Rows: clean, noised, denoised in one step; columns: the middle pixel frame and the last of the first clip."""
+    if job.held_out is None:
+        return
+    latents = sample_frames(job.engine, job.held_out, job.context)
+    if not job.main:
+        return
+    codec, rows = video_codec(job.video_tag), []
+    for name in ("clean", "noised", "denoised"):
+        pixels = torch.as_tensor(codec.decode(job.held_out.statistics.denormalise_video(latents[name].cpu())))
+        rows.append(torch.cat((pixels[len(pixels) // 2], pixels[-1]), dim=1))
+    job.log.image("validation/frames", step, torch.cat(rows, dim=0))
+
+
+def _progress(visible: bool) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), disable=not visible)

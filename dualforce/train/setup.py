@@ -1,0 +1,107 @@
+"""From a run file and a shard set to a job: the checks that need both, and the construction in order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from data_shards.reader import ShardReader, ShardSet
+from dualforce.config import ConfigError, ModelConfig, RunConfig
+from dualforce.data.loader import StepLoader
+from dualforce.data.statistics import StreamStatistics
+from dualforce.model.bridge import bridge_layers
+from dualforce.model.path import ChunkRule
+from dualforce.presets import build_model_config
+from dualforce.train.checkpoint import SavedState
+from dualforce.train.checkpoint import resume as resume_checkpoint
+from dualforce.train.engine import build_engine, compute_dtype, deepspeed_config, plan_batch
+from dualforce.train.loop import Job
+from dualforce.train.metrics import RunLog
+from dualforce.train.step import StepContext
+from dualforce.train.train_module import TrainModule
+from dualforce.train.validate import HeldOut
+from dualforce.types import STRUCT_TOKENS
+from megatron_ext.kernels.kernel_set import select_kernels
+from megatron_ext.parallel.grid import ProcessGrid, check_heads
+
+
+def model_config(run: RunConfig, manifest: dict[str, Any]) -> ModelConfig:
+    """The model of a run on a shard set; ConfigError when the run's choices do not fit each other or the shards."""
+    extractors = manifest["extractors"]
+    try:
+        model = build_model_config(
+            run.preset,
+            struct_dim=extractors["motion"]["width"],
+            audio_dim=extractors["audio"]["width"],
+            overrides=run.model,
+        )
+    except ValidationError as error:
+        raise ConfigError(f"model: {error.errors()[0]['msg']}") from None
+    bridge_layers(model)
+    channels = extractors["video"]["channels"]
+    if channels != model.video.out_dim:
+        raise ConfigError(f"{run.data.shards}: video has {channels} channels; expected {model.video.out_dim}")
+    for name in ("height", "width"):
+        if extractors["video"][name] % model.video.patch:
+            raise ConfigError(
+                f"{run.data.shards}: latent {name} {extractors['video'][name]}; expected a multiple of {model.video.patch}"
+            )
+    if run.data.frames > manifest["frames"]:
+        raise ConfigError(
+            f"data.frames = {run.data.frames}: the clips in {run.data.shards} have {manifest['frames']} latent frames"
+        )
+    check_heads(run.parallel.sequence, {"video.heads": model.video.heads, "struct.heads": model.struct.heads})
+    return model
+
+
+def prepare_job(
+    run: RunConfig, model: ModelConfig, shards: ShardSet, grid: ProcessGrid, out: Path, resume: bool
+) -> tuple[Job, int]:
+    """Build the engine, restore it when resuming, and open the data where it goes on; returns (job, steps done)."""
+    plan = plan_batch(run.data.clips_per_step, grid.dp, run.data.max_micro_batch)
+    config = deepspeed_config(run, plan, grid.world)
+    kernels = select_kernels(run.kernels, grid.device, compute_dtype(config))
+    flame = shards.manifest["extractors"].get("flame")
+
+    def build() -> TrainModule:
+        return TrainModule(model, run.loss, kernels, flame and flame["width"], run.parallel.checkpointing)
+
+    statistics = StreamStatistics.from_manifest(shards.manifest)
+    video = shards.manifest["extractors"]["video"]
+    engine = build_engine(build, config, grid)
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    blank = SavedState(0, grid.world, grid.sp, stage, run.model_dump(mode="json"))
+    start = resume_checkpoint(engine, out, blank, grid) if resume else 0
+    loader = StepLoader(
+        shards.split("train"),
+        statistics,
+        run.data,
+        context=model.audio.context,
+        text_dim=model.video.text_dim,
+        seed=run.train.seed,
+        dp_rank=grid.dp_rank,
+        dp_size=grid.dp,
+        micro_batch=plan.micro_batch,
+        start_step=start,
+        stop_step=min(run.train.steps, run.train.stop_at or run.train.steps),
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    job = Job(
+        engine=engine,
+        context=StepContext(run, grid, kernels, ChunkRule(model.frames_per_chunk, model.window, model.sink)),
+        loader=loader,
+        held_out=_held_out(shards, statistics, model),
+        log=RunLog(out, grid.rank == 0, start if resume else None),
+        run_dir=out,
+        video_tag=video["tag"],
+        state=blank,
+        tokens_per_frame=video["height"] * video["width"] // model.video.patch**2 + STRUCT_TOKENS,
+    )
+    return job, start
+
+
+def _held_out(shards: ShardSet, statistics: StreamStatistics, model: ModelConfig) -> HeldOut | None:
+    reader: ShardReader = shards.split("validation")
+    return HeldOut(reader, statistics, model.audio.context, model.video.text_dim) if len(reader) else None

@@ -1,0 +1,141 @@
+"""Validation on the held-out split at fixed noise levels, beside what a linear predictor could do.
+
+Legend: L levels, F frames, _loc this rank's frames, C latent channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data_shards.reader import ShardReader
+from dualforce.data.collate import collate
+from dualforce.data.order import ClipRef
+from dualforce.data.statistics import StreamStatistics
+from dualforce.diffusion.frame_noise import draw_fixed
+from dualforce.diffusion.schedule import fixed_levels
+from dualforce.train.step import StepContext, prepare, with_counts
+from dualforce.train.train_module import StepInput, StepOutput
+from dualforce.types import ClipBatch
+
+
+class HeldOut(NamedTuple):
+    """The validation split and how to read it."""
+
+    reader: ShardReader
+    statistics: StreamStatistics
+    audio_context: int
+    text_dim: int
+
+    def clip(self, index: int, frames: int, copies: int) -> ClipBatch:
+        """Clip `index`, `copies` times."""
+        refs = [ClipRef(0, index, index)] * copies
+        sample = self.reader.read(index)
+        return collate([sample] * copies, refs, self.statistics, frames, self.audio_context, self.text_dim)
+
+
+class Moments(NamedTuple):
+    """Sums over validation frames and pixels for each level and channel, [L,C] fp64: enough for a linear fit."""
+
+    n: Tensor
+    x: Tensor
+    v: Tensor
+    xx: Tensor
+    xv: Tensor
+    vv: Tensor
+
+    def linear_residual(self) -> Tensor:
+        """Mean squared error of the best v = a x + b for each level and channel, [L,C]."""
+        mean_x, mean_v = self.x / self.n, self.v / self.n
+        cov_xx = self.xx / self.n - mean_x**2
+        cov_xv = self.xv / self.n - mean_x * mean_v
+        cov_vv = self.vv / self.n - mean_v**2
+        return cov_vv - cov_xv**2 / cov_xx.clamp_min(1e-12)
+
+
+def validate(engine: Any, held_out: HeldOut, context: StepContext) -> dict[str, Any]:
+    """Mean velocity errors over levels and clips: of the model (`video`, `struct`), of the best linear predictor per
+    channel and level on the same data (`video_linear`), and of predicting zero, which an untrained model does
+    (`video_zero`). Collective: every rank calls it. Frame 0 is clean and not counted."""
+    run, grid = context.run, context.grid
+    levels = fixed_levels(run.train.validation_sigmas)
+    clips = min(len(held_out.reader), run.train.validation_clips)
+    sums = torch.zeros(3, len(levels), dtype=torch.float64, device=grid.device)
+    moments: Tensor | None = None
+    engine.eval()
+    # Every rank runs the same number of forwards, because each is collective; surplus ones count nothing.
+    for first in range(0, clips, grid.dp):
+        index = first + grid.dp_rank
+        batch = held_out.clip(index % clips, run.data.frames, len(levels))
+        if index >= clips:
+            batch = batch._replace(valid=torch.zeros_like(batch.valid))
+        inputs, output = _forward(engine, batch, levels.tolist(), context)
+        sums += _error_sums(inputs, output)
+        found = _moments(inputs)
+        moments = found if moments is None else moments + found
+    engine.train()
+    if moments is None:
+        raise ValueError("the validation split has no clips")
+    if grid.world > 1:
+        dist.all_reduce(sums, group=grid.world_group)
+        dist.all_reduce(moments, group=grid.world_group)
+    return _report(sums.cpu(), Moments(*moments.cpu().unbind()), levels)
+
+
+def _forward(
+    engine: Any, batch: ClipBatch, levels: list[float], context: StepContext
+) -> tuple[StepInput, StepOutput]:
+    drawn = draw_fixed(batch, levels, context.run.train.seed)
+    inputs = with_counts([prepare(batch, drawn, context)], context.grid)[0]
+    with torch.no_grad():
+        return inputs, engine(inputs, context.path(inputs.target.video.shape[1] * context.grid.sp), 0, context.grid.world)
+
+
+def _error_sums(inputs: StepInput, output: StepOutput) -> Tensor:
+    """[3,L]: video errors, structure errors, frames."""
+    video, struct = (
+        (getattr(output.errors, name).double() * getattr(inputs.masks, name)).sum(1) for name in ("video", "struct")
+    )
+    return torch.stack((video, struct, inputs.masks.video.double().sum(1)))
+
+
+def _moments(inputs: StepInput) -> Tensor:
+    """Local Moments stacked, [6,L,C]."""
+    mask = inputs.masks.video.double()[:, :, None, None, None]
+    x, v = inputs.noised.video.double(), inputs.target.video.double()
+    products = (torch.ones_like(x), x, v, x * x, x * v, v * v)
+    return torch.stack([(mask * product).sum((1, 3, 4)) for product in products])
+
+
+def _report(sums: Tensor, moments: Moments, levels: Tensor) -> dict[str, Any]:
+    video, struct = sums[0] / sums[2], sums[1] / sums[2]
+    linear = moments.linear_residual().mean(1)
+    zero = (moments.vv / moments.n).mean(1)
+    return {
+        "video": video.mean().item(),
+        "struct": struct.mean().item(),
+        "video_linear": linear.mean().item(),
+        "video_zero": zero.mean().item(),
+        "video_at_sigma": video.tolist(),
+        "video_linear_at_sigma": linear.tolist(),
+        "sigma": levels.tolist(),
+    }
+
+
+def sample_frames(
+    engine: Any, held_out: HeldOut, context: StepContext, level: float = 0.55
+) -> dict[str, Tensor]:
+    """Latents [F,C,H,W] of the first held-out clip: `clean`, `noised` at `level`, and `denoised` in one step; not
+    denormalised. Collective."""
+    batch = held_out.clip(0, context.run.data.frames, 1)
+    engine.eval()
+    inputs, output = _forward(engine, batch, [level], context)
+    engine.train()
+    path = context.path(inputs.target.video.shape[1] * context.grid.sp)
+    sigma = inputs.noised.sigma.video[..., None, None, None]
+    denoised = path.gather(inputs.noised.video - sigma * output.predicted.video)
+    noised, frames = path.gather(inputs.noised.video), batch.video.shape[1]
+    return {"clean": batch.video[0], "noised": noised[0, :frames].cpu(), "denoised": denoised[0, :frames].cpu()}

@@ -1,0 +1,1 @@
+"""Model folders: exported weights under public names, and back."""

@@ -1,0 +1,130 @@
+"""Motion by MediaPipe and from sidecars; the registry of tags."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers.clips import sidecar_json
+
+from dualforce.codecs import audio_logmel, motion_landmarker, video_dct
+from dualforce.codecs.media import read_video
+from dualforce.codecs.motion_landmarker import LandmarkerMotion, NoFaceError, euler_degrees
+from dualforce.codecs.motion_sidecar import SidecarError, find_sidecar, read_motion, read_sidecar
+from dualforce.codecs.protocols import CodecError
+from dualforce.codecs.registry import audio_encoder, motion_encoder, video_codec
+
+
+def rotation(axis: int, degrees: float) -> np.ndarray:
+    c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    matrix = np.eye(4)
+    i, j = [(1, 2), (2, 0), (0, 1)][axis]
+    matrix[i, i] = matrix[j, j] = c
+    matrix[i, j], matrix[j, i] = -s, s
+    return matrix
+
+
+def test_euler_angles_of_a_known_rotation() -> None:
+    matrix = rotation(2, 5) @ rotation(1, -20) @ rotation(0, 12)
+    matrix[:3, :3] *= 1.3
+    assert np.allclose(euler_degrees(matrix), [12, -20, 5])
+
+
+def test_landmarker_on_a_real_face(clips_dir: Path, landmarker_file: Path) -> None:
+    frames = read_video(clips_dir / "video" / "man_interview_6s.mp4", stop=12).frames
+    encoder = LandmarkerMotion(landmarker_file)
+    motion = encoder.encode(frames, 25)
+    assert motion.shape == (12, 58) and motion.dtype == torch.float32 and len(encoder.names) == 58
+    yaw = motion[:, encoder.names.index("yaw")]
+    assert ((yaw > 5) & (yaw < 20)).all()  # the clip's manifest says 8.6 to 16.0
+    scores = motion[:, 6:]
+    assert (scores >= 0).all() and (scores <= 1).all() and (motion.std(dim=0) > 0).sum() > 50
+    assert torch.equal(encoder.encode(frames, 25), motion)  # nothing is remembered between calls
+
+
+def test_a_missing_face_is_an_error_and_names_the_frame(clips_dir: Path, landmarker_file: Path) -> None:
+    frames = read_video(clips_dir / "video" / "man_interview_6s.mp4", stop=6).frames
+    frames[3:] = 0
+    with pytest.raises(NoFaceError, match="pixel frame 3"):
+        LandmarkerMotion(landmarker_file).encode(frames, 25)
+
+
+def test_bad_model_file(tmp_path: Path) -> None:
+    with pytest.raises(CodecError, match="no such file"):
+        LandmarkerMotion(tmp_path / "none.task")
+    wrong = tmp_path / "wrong.task"
+    wrong.write_bytes(b"something else")
+    with pytest.raises(CodecError, match=r"wrong\.task: not a task file"):
+        LandmarkerMotion(wrong)
+
+
+def test_registry(tmp_path: Path) -> None:
+    assert video_codec(video_dct.TAG).tag == video_dct.TAG
+    assert audio_encoder(audio_logmel.TAG).width == 80
+    for look_up in (video_codec, audio_encoder):
+        with pytest.raises(CodecError, match="'wan': unknown"):
+            look_up("wan")
+    with pytest.raises(CodecError, match="no encoder computes it"):
+        motion_encoder("rendered-head-v1", None)
+    with pytest.raises(CodecError, match="needs --face-landmarker"):
+        motion_encoder(motion_landmarker.TAG, None)
+
+
+def write(path: Path, content: Any) -> Path:
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def test_sidecar_of_a_clip(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", sidecar_json(7))
+    sidecar = read_sidecar(path)
+    assert sidecar.identity == "someone" and sidecar.motion.names == ("yaw", "mouth")
+    assert sidecar.motion.values.shape == (7, 2) and sidecar.face_boxes.shape == (7, 4)
+    assert torch.equal(read_motion(path).values, sidecar.motion.values)
+    assert find_sidecar(tmp_path / "a.mp4") == path and find_sidecar(tmp_path / "b.mp4") is None
+
+
+def test_other_json_beside_a_video_is_no_sidecar(tmp_path: Path) -> None:
+    write(tmp_path / "a.json", {"title": "metadata of a downloader"})
+    write(tmp_path / "b.json", "{ broken")
+    assert find_sidecar(tmp_path / "a.mp4") is None and find_sidecar(tmp_path / "b.mp4") is None
+
+
+def motion_with(**changes: Any) -> dict[str, Any]:
+    return {"motion": sidecar_json(3)["motion"] | changes}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 2}, "version: 2: expected 1"),
+        ({"fps": 30}, "fps: 30: expected 25"),
+        ({"format": "other"}, "format: 'other'"),
+        ({"identity": ""}, "identity: ''"),
+        ({"motion": None}, "motion: 'None'"),
+        (motion_with(tag=7), "motion.tag: 7"),
+        (motion_with(names=["yaw", "yaw"]), "motion.names: a name occurs twice"),
+        (motion_with(values=[]), r"motion.values: '\[\]'"),
+        (motion_with(values=[[0, 1], [0], [0, 1]]), r"motion.values\[1\]: 1: expected 2 numbers"),
+        (motion_with(values=[[0, 1], [0, "x"], [0, 1]]), r"motion.values\[1\]: 'x': expected a finite number"),
+        (motion_with(values=[[0, 1], [0, float("nan")], [0, 1]]), r"motion.values\[1\]: nan"),
+        ({"face_boxes": [[0, 0, 1, 1]] * 2}, "face_boxes: 2 rows: expected 3"),
+        ({"face_boxes": [[5, 0, 1, 1]] * 3}, r"face_boxes\[0\]"),
+        ({"audio_offset_s": "late"}, "audio_offset_s"),
+    ],
+)
+def test_bad_sidecar_is_one_line_with_file_key_and_value(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    path = write(tmp_path / "bad.json", sidecar_json(3, **changes))
+    with pytest.raises(SidecarError, match=message) as caught:
+        read_sidecar(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_unreadable_sidecar(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.json", write(tmp_path / "broken.json", "{")):
+        with pytest.raises(SidecarError, match=path.name):
+            read_motion(path)

@@ -1,0 +1,37 @@
+"""Fixtures for the whole suite: where real material lies. What is absent is a skip with a reason, never a pass."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def clips_dir() -> Path:
+    """Folder of the real clips: MANIFEST.json, video/, audio/, image/. DUALFORCE_CLIPS names another place."""
+    folder = Path(os.environ.get("DUALFORCE_CLIPS") or SHARED / "clips")
+    if not (folder / "MANIFEST.json").is_file():
+        pytest.skip(f"real clips are absent: no {folder / 'MANIFEST.json'} (set DUALFORCE_CLIPS)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def landmarker_file() -> Path:
+    """MediaPipe's face-landmark model. DUALFORCE_FACE_LANDMARKER names another place."""
+    path = Path(os.environ.get("DUALFORCE_FACE_LANDMARKER") or SHARED / "models" / "face_landmarker.task")
+    if not path.is_file():
+        pytest.skip(f"the face-landmark model is absent: no {path} (set DUALFORCE_FACE_LANDMARKER)")
+    return path
+
+
+@pytest.fixture(scope="session")
+def sample_dir() -> Path:
+    """Folder of the bundled rendered clips; they belong to the checkout, so their absence is a failure."""
+    folder = ROOT / "data_shards" / "sample"
+    assert any(folder.glob("*.mp4")), f"{folder}: no clips"
+    return folder

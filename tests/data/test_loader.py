@@ -1,0 +1,196 @@
+"""The loader: same clips for every layout and start, faults where they belong, and no thread left behind."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.fake_shards import write_fake_shards
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_shards.reader import ShardReader, ShardSet
+from data_shards.schema import ClipSample, ShardError
+from dualforce.config import ConfigError, DataConfig
+from dualforce.data.loader import StepLoader
+from dualforce.data.statistics import StreamStatistics
+from dualforce.types import ClipBatch
+
+CLIPS = 7
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    return ShardSet.open(write_fake_shards(tmp_path_factory.mktemp("shards"), clips=CLIPS, frames=3, height=2, width=2))
+
+
+def loader(shards: ShardSet, reader: ShardReader | None = None, **changes: Any) -> StepLoader:
+    data: dict[str, Any] = {"frames": 3, "clips_per_step": 12, "prefetch": 2}
+    data.update({key: changes.pop(key) for key in list(changes) if key in data})
+    options = {"dp_rank": 0, "dp_size": 1, "micro_batch": 12, "start_step": 0, "stop_step": 6, "seed": 3, **changes}
+    statistics = StreamStatistics.from_manifest(shards.manifest)
+    return StepLoader(
+        shards.split("train") if reader is None else reader,
+        statistics,
+        DataConfig(**data),
+        context=2,
+        text_dim=4,
+        **options,
+    )
+
+
+def clips_of(batches: list[ClipBatch]) -> list[tuple[str, tuple[int, int]]]:
+    return [pair for batch in batches for pair in zip(batch.keys, batch.position, strict=True)]
+
+
+def readers() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "dualforce-read-ahead"]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.sampled_from([1, 2, 3, 4, 6]), st.data())
+def test_every_layout_and_start_deals_out_the_same_clips(shards: ShardSet, dp_size: int, data: st.DataObject) -> None:
+    per_rank = 12 // dp_size
+    micro_batch = data.draw(st.sampled_from([m for m in range(1, per_rank + 1) if per_rank % m == 0]))
+    start = data.draw(st.integers(0, 3))
+    whole = [clips_of(step) for step in loader(shards, stop_step=4)]
+    ranks = [
+        list(loader(shards, dp_rank=r, dp_size=dp_size, micro_batch=micro_batch, start_step=start, stop_step=4))
+        for r in range(dp_size)
+    ]
+    for rank in ranks:
+        assert all([len(batch.keys) for batch in step] == [micro_batch] * (per_rank // micro_batch) for step in rank)
+    dealt = [[pair for step in steps for pair in clips_of(step)] for steps in zip(*ranks, strict=True)]
+    assert dealt == whole[start:]
+
+
+def test_each_clip_comes_once_per_epoch(shards: ShardSet) -> None:
+    pairs = [pair for step in loader(shards, stop_step=7) for pair in clips_of(step)]  # 84 clips, 12 epochs
+    for epoch in range(12):
+        keys = [key for key, (number, _) in pairs if number == epoch]
+        assert sorted(keys) == shards.split("train").keys
+    assert len({tuple(key for key, (number, _) in pairs if number == epoch) for epoch in range(12)}) > 1
+
+
+def test_resumed_equals_uninterrupted_bit_for_bit(shards: ShardSet) -> None:
+    straight = list(loader(shards, stop_step=6))
+    resumed = list(loader(shards, stop_step=3)) + list(loader(shards, start_step=3, stop_step=6))
+    assert len(straight) == len(resumed) == 6
+    for left, right in zip(straight, resumed, strict=True):
+        for x, y in zip(left[0], right[0], strict=True):
+            assert torch.equal(x, y) if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor) else x == y
+
+
+def test_iterating_again_starts_again(shards: ShardSet) -> None:
+    both = loader(shards)
+    assert [clips_of(step) for step in both] == [clips_of(step) for step in both]
+    assert [clips_of(step) for step in both] == [clips_of(both.step(number)) for number in range(6)]
+
+
+class CountingReader(ShardReader):
+    """Waits for a permit before each clip; `at(n)` is an event that the n-th reading sets."""
+
+    def __init__(self, reader: ShardReader, permits: int = 10_000) -> None:
+        super().__init__(reader.root, reader.manifest, reader._places)
+        self.permits = threading.Semaphore(permits)
+        self._reads: list[threading.Event] = [threading.Event() for _ in range(1000)]
+        self._count = 0
+
+    def at(self, number: int) -> threading.Event:
+        return self._reads[number - 1]
+
+    def read(self, index: int) -> ClipSample:
+        self.permits.acquire()
+        self._reads[self._count].set()
+        self._count += 1
+        return super().read(index)
+
+
+def test_reads_ahead_prefetch_steps_and_no_more(shards: ShardSet) -> None:
+    reader = CountingReader(shards.split("train"))
+    steps = loader(shards, reader=reader, clips_per_step=2, micro_batch=2, prefetch=3, stop_step=100)
+    for _ in steps:
+        assert reader.at(2 * (1 + 3)).wait(30)  # the step taken and three that wait
+        assert not reader.at(2 * (1 + 3) + 1).wait(0.1)
+        break
+
+
+def test_wait_is_counted(shards: ShardSet) -> None:
+    reader = CountingReader(shards.split("train"), permits=0)
+    steps = loader(shards, reader=reader, clips_per_step=2, micro_batch=2, stop_step=2)
+    timer = threading.Timer(0.05, lambda: reader.permits.release(100))
+    timer.start()
+    assert len(list(steps)) == 2
+    timer.join()
+    assert 0.02 < steps.wait_seconds < 30
+
+
+def test_leaving_early_ends_the_thread(shards: ShardSet) -> None:
+    for _ in loader(shards, stop_step=1000):
+        assert len(readers()) == 1
+        break
+    assert readers() == []
+    with pytest.raises(RuntimeError, match="training failed"):
+        fail_at_first(loader(shards, stop_step=1000))
+    assert readers() == []
+
+
+def fail_at_first(steps: StepLoader) -> None:
+    for _ in steps:
+        steps.close()
+        raise RuntimeError("training failed")
+
+
+def test_close_ends_the_iteration(shards: ShardSet) -> None:
+    steps = loader(shards, stop_step=1000)
+    seen = 0
+    for _ in steps:
+        seen += 1
+        steps.close()
+        assert readers() == []
+    assert seen == 1
+    steps.close()
+
+
+def test_a_damaged_clip_is_raised_after_the_steps_before_it(shards: ShardSet, tmp_path: Path) -> None:
+    root = write_fake_shards(tmp_path, clips=CLIPS, frames=3, height=2, width=2)
+    opened = ShardSet.open(root)
+    order = [
+        key for step in loader(opened, clips_per_step=1, micro_batch=1, stop_step=CLIPS) for key, _ in clips_of(step)
+    ]
+    index = json.loads((root / "train-000000.index.json").read_bytes())
+    entry = next(entry for entry in index["samples"] if entry["key"] == order[4])
+    data = bytearray((root / "train-000000.tar").read_bytes())
+    data[entry["members"]["safetensors"]["offset"] + 300] ^= 4
+    (root / "train-000000.tar").write_bytes(data)
+    seen = []
+    with pytest.raises(ShardError, match=rf"train-000000\.tar: sample '{order[4]}': .*damaged"):
+        for step in loader(opened, clips_per_step=1, micro_batch=1, stop_step=CLIPS):
+            seen += [key for key, _ in clips_of(step)]
+    assert seen == order[:4]
+    assert readers() == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"frames": 5}, "data.frames: 5: expected at most 3, "),
+        ({"dp_size": 5}, "data.clips_per_step: 12: expected a multiple of 5"),
+        ({"micro_batch": 5}, "micro-batch 5: expected a divisor of the 12"),
+        ({"dp_size": 2, "dp_rank": 2}, "rank 2 of 2"),
+    ],
+)
+def test_sizes_that_cannot_work(shards: ShardSet, changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        loader(shards, **changes)
+    assert named in str(caught.value)
+
+
+def test_a_split_without_clips(tmp_path: Path) -> None:
+    opened = ShardSet.open(write_fake_shards(tmp_path, clips=2, validation_clips=0))
+    with pytest.raises(ConfigError, match="0 clips in the split"):
+        loader(opened, reader=opened.split("validation"))
