@@ -1,4 +1,4 @@
-"""Every run file parses, names a DeepSpeed file that is there, and an ablation changes what its name says and no more."""
+"""Run files parse and name a DeepSpeed file that is there; an ablation changes what its name says and no more."""
 
 from __future__ import annotations
 

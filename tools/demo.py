@@ -165,7 +165,7 @@ def train(stages: Stages, options: argparse.Namespace, out: Path) -> None:
     arguments += ["--set", f"parallel.sequence={min(2, processes)}"]
     if options.steps is not None:
         arguments += ["--set", f"train.steps={options.steps}"]
-    stages.command("train", "train", lambda: launch_local.train(processes, gpus, arguments))
+    stages.command("train", "train", lambda: launch_local.train(processes, arguments))
 
 
 def generate(stages: Stages, options: argparse.Namespace, out: Path, landmarker: Path | None) -> None:

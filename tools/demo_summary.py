@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 Row = dict[str, Any]
@@ -78,7 +79,7 @@ def show(summary: Row, console: Console) -> None:
         split = summary["counts"][name]
         table.add_row(f"{name} clips", f"{split['samples']} of {split['identities']} identities")
     for item in summary["counts"]["rejected"]:
-        table.add_row("rejected", f"{item['source']}: {item['reason']} ({item['detail']})")
+        table.add_row("rejected", escape(f"{item['source']}: {item['reason']} ({item['detail']})"))
     loss = summary["validation_video_loss"]
     if loss is None:
         table.add_row("held-out video loss", "none: all clips are of one identity")
@@ -90,5 +91,5 @@ def show(summary: Row, console: Console) -> None:
         table.add_row("held-out video loss, trained", f"{loss['trained']:.3f} ({share})")
     table.add_row("seconds", ", ".join(f"{name} {value:.0f}" for name, value in summary["seconds"].items()))
     for name, path in summary["files"].items():
-        table.add_row(name, path)
+        table.add_row(name, escape(path))
     console.print(table)

@@ -24,9 +24,10 @@ def gpu_count() -> int:
 
 
 def environment() -> dict[str, str]:
-    """Environment of a child process: this one's, and the checkout is importable."""
+    """Environment of a child process: the checkout is importable, and without a GPU DeepSpeed is told so."""
     root = str(Path(__file__).resolve().parent.parent)
-    return dict(os.environ) | {"PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return dict(os.environ) | {"PYTHONPATH": path} | ({} if gpu_count() else {"DS_ACCELERATOR": "cpu"})
 
 
 def device_options(processes: int, env: dict[str, str]) -> list[str]:
@@ -46,12 +47,12 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def train(processes: int, gpus: int, arguments: list[str]) -> int:
+def train(processes: int, arguments: list[str]) -> int:
     """Run `dualforce.train` with `arguments` in `processes` processes and return its exit code.
 
     The launcher is named as a module: its script in `bin/` does not start from a folder with spaces in its name.
     """
-    env = environment() | ({} if gpus else {"DS_ACCELERATOR": "cpu"})
+    env = environment()
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", *device_options(processes, env)]
     options = ["--master_port", str(free_port()), "--log_level", "error"]
     return subprocess.call([*launcher, *options, "--module", "dualforce.train", *arguments], env=env)
@@ -66,7 +67,7 @@ def main() -> int:
     processes = (gpus or CPU_PROCESSES) if options.processes is None else options.processes
     if processes < 1 or (gpus and processes > gpus):
         parser.error(f"--processes {processes}: expected 1 to {gpus or 'the number of cores'}")
-    return train(processes, gpus, arguments)
+    return train(processes, arguments)
 
 
 if __name__ == "__main__":

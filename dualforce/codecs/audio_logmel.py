@@ -20,7 +20,7 @@ WIDTH = 80
 HOP = SAMPLE_RATE // AUDIO_HZ  # 320 samples, 20 ms
 WINDOW = 400  # samples, 25 ms
 FFT = 512
-FLOOR = 1e-8  # -80 dB: digital silence and the noise floor of lossy codecs come out alike
+FLOOR = 1e-10  # -100 dB under a full-scale tone, the least that 16-bit sound can carry; digital silence lies here
 
 
 class LogMelAudio:
@@ -35,7 +35,7 @@ class LogMelAudio:
         self._bands = mel_bands(WIDTH, FFT, SAMPLE_RATE).float()
 
     def encode(self, wave: NDArray[np.float32]) -> Tensor:
-        """Features [ceil(N / 320), 80] fp32, base-10 logarithms from -8 up, of a wave [N] float32 in [-1, 1].
+        """Features [ceil(N / 320), 80] fp32, base-10 logarithms from -10 up, of a wave [N] float32 in [-1, 1].
 
         640 samples, the sound of one pixel frame, give two frames; the last window reaches past the end of the wave
         and finds silence there. Raises ValueError for an empty, non-finite or misshapen wave.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from pathlib import Path
 
@@ -53,11 +54,10 @@ def test_flash_and_beep_stay_together(tmp_path: Path, suffix: str, times: list[F
     video = read_video(path)
     bright = video.frames.mean(axis=(1, 2, 3)) > 128
     first = int(np.argmax(bright))
-    # Pixel frame k shows what is on screen at k / 25 s: the first white one is the first at or after the flash (Matroska
-    # keeps times to 1 ms, so a flash on the boundary may fall to either side).
-    assert first in {-(-(moment + shift) * 25 // 1) * -1 // 1 for shift in (Fraction(-1, 1000), Fraction(1, 1000))} or (
-        first in {int(-(-(moment + shift) * 25 // 1)) for shift in (Fraction(-1, 1000), Fraction(1, 1000))}
-    )
+    # The first white pixel frame is the first at or after the flash. Matroska keeps times to 1 ms, so a flash on the
+    # boundary of a pixel frame may fall to either side.
+    millisecond = Fraction(1, 1000)
+    assert first in {math.ceil((moment + shift) * 25) for shift in (-millisecond, 0, millisecond)}
     assert bright[first:].all() and not bright[:first].any()
     assert video.sound is not None
     onset = int(np.argmax(np.abs(video.sound.wave) > 0.1)) / 16_000

@@ -45,7 +45,7 @@ def test_backward_times_are_dropped_and_jumps_refused() -> None:
 
 
 def test_one_picture_is_one_frame() -> None:
-    assert list(pixel_frames_shown([Timed("a", None, None)], INTERVAL, TICK)) == [("a", range(0, 1))]
+    assert list(pixel_frames_shown([Timed("a", None, None)], INTERVAL, TICK)) == [("a", range(1))]
 
 
 def test_sound_before_zero_is_cut_and_holes_stay() -> None:

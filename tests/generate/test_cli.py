@@ -103,8 +103,9 @@ def test_one_second_of_sound_gives_25_pictures_with_sound(shop: Path, tmp_path: 
         {"mode": "pyramid", "lag": 2, "horizon": 2, "window": 2, "seconds": 0.4},
         {"cfg_audio": 2.0, "seconds": 0.4},
         {"window": 1, "seconds": 0.04},
+        {"dtype": "bfloat16", "seconds": 0.4},
     ],
-    ids=["pyramid", "pyramid-window", "guidance", "one-picture"],
+    ids=["pyramid", "pyramid-window", "guidance", "one-picture", "bf16"],
 )
 def test_modes_and_seconds(shop: Path, tmp_path: Path, run: Run, changes: dict[str, Any]) -> None:
     code, err = run(*arguments(shop, tmp_path / "v.mp4", **changes))

@@ -16,7 +16,7 @@ from dualforce.diffusion.schedule import joint_levels
 from dualforce.generate.pyramid import scheduling_matrix
 from dualforce.generate.rollout import FinishedChunk, RolloutInputs, RolloutSettings, chunk_noise, rollout
 from dualforce.model.dual_tower import DualTower
-from dualforce.model.path import ChunkRule, FullPath
+from dualforce.model.path import VIDEO, ChunkRule, FullPath, Path, Site
 from dualforce.types import AUDIO_FRAMES, STRUCT_TOKENS, Conditioning, FrameSigma, FrameSpan, Noised, Velocity
 
 C, H, W, CS, CA, TEXT = 16, 4, 4, 6, 5, 64
@@ -118,6 +118,32 @@ def test_cached_rollout_equals_plain_sampler(model: DualTower, settings: Rollout
     # Rounding only: a few Euler steps on values of order 1 to 10, guidance amplifies it.
     torch.testing.assert_close(video, expected_video, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(struct, expected_struct, rtol=1e-4, atol=1e-4)
+
+
+class Oracle:
+    """Stands for a perfectly trained model: knows the clean clip and answers noise - clean, as training defines it."""
+
+    def __init__(self, model: DualTower, video: Tensor, struct: Tensor) -> None:
+        self.config, self.parameters, self.video, self.struct = model.config, model.parameters, video, struct
+
+    def __call__(self, noised: Noised, cond: Conditioning, span: FrameSpan, path: Path) -> Velocity:
+        key = torch.zeros(1, span.length, 1, 1, 2)
+        path(Site(VIDEO, 0), key, key, key)
+        answers = []
+        for x, clean, sigma in zip(noised[:2], (self.video, self.struct), noised.sigma, strict=True):
+            level = sigma.view(*sigma.shape, *[1] * (x.dim() - 2))
+            # x = (1 - s) clean + s noise, hence noise - clean = (x - clean) / s; at s = 0 the answer is never used.
+            answers.append(torch.where(level > 0, (x - clean[span.start : span.stop]) / level.clamp_min(1e-9), 7.0))
+        return Velocity(*answers)
+
+
+@pytest.mark.parametrize("settings", [BASE, replace(PYRAMID, horizon=2)], ids=["ar", "pyramid"])
+def test_a_perfect_model_gives_the_clean_clip(model: DualTower, settings: RolloutSettings) -> None:
+    source = torch.Generator().manual_seed(2)
+    video, struct = torch.randn(7, C, H, W, generator=source), torch.randn(7, STRUCT_TOKENS, CS, generator=source)
+    inputs = replace(make_inputs(7), reference=video[0], first_motion=struct[0])
+    found = joined(run(Oracle(model, video, struct), inputs, settings))  # type: ignore[arg-type]
+    torch.testing.assert_close(found, (video, struct), rtol=0, atol=1e-5)
 
 
 def test_window_and_mode_matter(model: DualTower) -> None:

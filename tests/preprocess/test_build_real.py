@@ -1,0 +1,111 @@
+"""The real clips become shards: most of the usable ones, with sound and motion, and a reason for every other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data_shards.reader import ShardSet
+from dualforce.codecs.video_dct import DctVideoCodec
+from dualforce.preprocess.build import BuildReport
+from dualforce.preprocess.reasons import Reason
+
+Built = tuple[BuildReport, Path, list[str]]
+
+
+def samples_of(folder: Path) -> list:
+    shards = ShardSet.open(folder)
+    return [
+        (split, shards.split(split).read(i))
+        for split in ("train", "validation")
+        for i in range(len(shards.split(split)))
+    ]
+
+
+def test_usable_clips_become_samples(real_report: Built) -> None:
+    report, folder, usable = real_report
+    used = {sample.meta["source"] for _, sample in samples_of(folder)}
+    found = [name for name in usable if name in used]
+    assert len(usable) == 8
+    assert len(found) >= 0.8 * len(usable), sorted(set(usable) - used)
+    assert report.used == len(used)
+
+
+def test_every_sample_has_picture_sound_and_motion(real_report: Built) -> None:
+    _, folder, _ = real_report
+    for _, sample in samples_of(folder):
+        assert sample.video.shape == (21, 16, 16, 16) and sample.video.dtype == torch.float16
+        assert sample.struct.shape == (21, 4, 58) and sample.audio.shape == (21, 8, 80)
+        for name in ("video", "struct", "audio", "reference"):
+            stream = getattr(sample, name).float()
+            assert stream.abs().max() > 0, (sample.key, name)
+        # No latent frame of any stream is all zeros, and each stream changes with time.
+        for name in ("video", "struct", "audio"):
+            stream = getattr(sample, name).float().flatten(1)
+            assert (stream.abs().amax(dim=1) > 0).all(), (sample.key, name)
+            assert (stream[1:] - stream[:-1]).abs().amax(dim=1).gt(0).all(), (sample.key, name)
+        assert sample.voiced.any()
+        assert torch.equal(sample.reference, sample.video[0])  # for this codec frame 0 is the reference coded alone
+
+
+def test_motion_and_sound_sit_on_the_latent_clock(real_report: Built) -> None:
+    _, folder, _ = real_report
+    for _, sample in samples_of(folder):
+        assert (sample.struct[0] == sample.struct[0, :1]).all()
+        assert not (sample.struct[1] == sample.struct[1, :1]).all()
+        assert (sample.audio[0, :7] == sample.audio[0, :1]).all()
+
+
+def test_every_other_video_has_a_reason(real_report: Built) -> None:
+    report, folder, _ = real_report
+    reasons = {entry["source"]: entry["reason"] for entry in report.manifest["rejected"] if "window" not in entry}
+    assert reasons == {
+        "cat_no_face_8s.mp4": "R_NOFACE",
+        "man_glasses_silent_8s.mp4": "R_SILENT",
+        "man_silent_7s.mp4": "R_SILENT",
+        "man_webcam_noaudio_30s.mp4": "R_NOAUDIO",
+    }
+    assert report.used + len(reasons) == report.videos == 15
+    for entry in report.manifest["rejected"]:
+        assert entry["reason"] in set(Reason) and entry["detail"]
+    assert json.loads((folder / "manifest.json").read_text()) == report.manifest
+
+
+def test_all_windows_are_accounted_for(real_report: Built) -> None:
+    """Two windows in the seven seconds of a long clip, one in a short one, each a sample or a rejection."""
+    report, folder, _ = real_report
+    seen = {(s.meta["source"], s.meta["window"]) for _, s in samples_of(folder)}
+    seen |= {(e["source"], e["window"]) for e in report.manifest["rejected"] if "window" in e}
+    for source in ("lieu_60s.mp4", "german_anchor_20s.mp4", "man_sofa_portrait1080_20s.mp4", "man_bald_15s.mp4"):
+        assert {(source, 0), (source, 1)} <= seen, source
+    assert ("may_5s.mp4", 0) in seen and ("may_5s.mp4", 1) not in seen
+
+
+def test_identities_do_not_cross_the_split(real_report: Built) -> None:
+    report, folder, _ = real_report
+    by_split = {
+        split: {s.identity for where, s in samples_of(folder) if where == split} for split in ("train", "validation")
+    }
+    assert by_split["train"] and by_split["validation"]
+    assert not by_split["train"] & by_split["validation"]
+    for split, identities in by_split.items():
+        assert sorted(identities) == report.manifest["splits"][split]["identities"]
+
+
+def test_tags_and_crop(real_report: Built) -> None:
+    report, folder, _ = real_report
+    tags = {stream: entry["tag"] for stream, entry in report.manifest["extractors"].items()}
+    codec = DctVideoCodec()
+    for _, sample in samples_of(folder):
+        assert sample.meta["tags"] == tags
+        boxes = np.array(sample.meta["crop"]["boxes"])
+        assert boxes.shape == (81, 4)
+        sides = boxes[:, 2:] - boxes[:, :2]
+        assert np.abs(sides[:, 0] - sides[:, 1]).max() <= 0.21 and sides.min() > 2 * 0.25 * 128
+        # Steady: never more than a hundredth of its side from one pixel frame to the next.
+        assert np.abs(np.diff(boxes, axis=0)).max() <= 0.01 * sides.min() + 0.1
+        picture = codec.decode(sample.video[:1].float())[0]
+        assert picture.shape == (128, 128, 3) and picture.std() > 10

@@ -1,0 +1,200 @@
+"""Building from clips with sidecars: every kind of bad file is rejected with its reason, the rest is built, and the
+result depends neither on the workers nor on the order of the work."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers.clips import sidecar_json, textured, tone, write_sidecar
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_shards.reader import ShardSet
+from data_shards.schema import ShardError
+from dualforce.codecs.media import write_video
+from dualforce.codecs.protocols import CodecError
+from dualforce.preprocess.build import BuildError, BuildOptions, BuildReport, build_shards
+from dualforce.preprocess.files import find_videos, key_of
+from dualforce.preprocess.split import split_identities
+
+ONE = BuildOptions(size=64)
+
+
+def clip(folder: Path, name: str, *, frames: int = 85, seed: int = 0, amplitude: float | None = 0.3) -> Path:
+    path = folder / f"{name}.mp4"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_video(path, textured(frames, seed=seed), None if amplitude is None else tone(frames + 2, amplitude))
+    write_sidecar(path, sidecar_json(frames, identity=f"person {name}"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Good clips a, b (two windows) and sub/c, and one of each kind of bad one."""
+    folder = tmp_path_factory.mktemp("mixed")
+    clip(folder, "a", seed=1)
+    clip(folder, "b", seed=2, frames=170)
+    clip(folder, "sub/c", seed=3)
+    shutil.copy(folder / "a.mp4", folder / "copy of a.mp4")
+    write_sidecar(folder / "copy of a.mp4", sidecar_json(85))
+    clip(folder, "mute", amplitude=None)
+    clip(folder, "silent", amplitude=0.0)
+    clip(folder, "short", frames=60)
+    small = clip(folder, "small", seed=4)
+    write_sidecar(small, sidecar_json(85, face_boxes=[[50, 50, 60, 62]] * 85))
+    wrong = clip(folder, "rows", seed=5)
+    write_sidecar(wrong, sidecar_json(84))
+    broken = clip(folder, "sidecar", seed=6)
+    write_sidecar(broken, sidecar_json(85, fps=30))
+    (folder / "text.mp4").write_text("not a video")
+    write_sidecar(folder / "text.mp4", sidecar_json(85))
+    (folder / "empty.mkv").touch()
+    write_sidecar(folder / "empty.mkv", sidecar_json(85))
+    (folder / ".hidden.mp4").write_text("ignored")
+    (folder / "notes.txt").write_text("ignored")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built(mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[BuildReport, Path]:
+    out = tmp_path_factory.mktemp("built") / "out"
+    return build_shards(mixed, out, ONE), out
+
+
+def test_good_files_are_built_and_bad_ones_named(mixed: Path, built: tuple[BuildReport, Path]) -> None:
+    report, out = built
+    assert {(e["source"], e["reason"]) for e in report.manifest["rejected"]} == {
+        ("copy of a.mp4", "R_DUPLICATE"),
+        ("mute.mp4", "R_NOAUDIO"),
+        ("silent.mp4", "R_SILENT"),
+        ("short.mp4", "R_SHORT"),
+        ("small.mp4", "R_SMALLFACE"),
+        ("rows.mp4", "E_SIDECAR"),
+        ("sidecar.mp4", "E_SIDECAR"),
+        ("text.mp4", "E_DECODE"),
+        ("empty.mkv", "E_DECODE"),
+    }
+    details = {e["source"]: e["detail"] for e in report.manifest["rejected"]}
+    assert "84 rows: expected 85" in details["rows.mp4"] and "fps: 30" in details["sidecar.mp4"]
+    assert all("\n" not in detail and str(mixed) not in detail for detail in details.values())
+    shards = ShardSet.open(out)
+    keys = [key for split in ("train", "validation") for key in shards.split(split).keys]
+    assert len(keys) == 4 and report.used == 3
+    assert sorted(key.split("-")[0] for key in keys) == ["a", "b", "b", "c"]
+    assert not list(out.glob(".*"))
+
+
+def test_the_result_does_not_depend_on_the_workers(
+    mixed: Path, built: tuple[BuildReport, Path], tmp_path: Path
+) -> None:
+    one, out = built
+    two = build_shards(mixed, tmp_path / "two", BuildOptions(size=64, workers=2))
+    names = sorted(path.name for path in out.iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "two").iterdir())
+    for name in names:
+        assert (out / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+    assert one.manifest == two.manifest
+
+
+def test_motion_is_the_sidecars(built: tuple[BuildReport, Path]) -> None:
+    report, out = built
+    assert report.manifest["extractors"]["motion"] == {"tag": "test-v1", "width": 2, "names": ["yaw", "mouth"]}
+    shards = ShardSet.open(out)
+    samples = [shards.split(s).read(i) for s in ("train", "validation") for i in range(len(shards.split(s)))]
+    second = next(sample for sample in samples if sample.meta["window"] == 1)
+    assert torch.allclose(second.struct[1, :, 0], torch.tensor([8.2, 8.3, 8.4, 8.5]))
+    assert {sample.identity for sample in samples} == {"person a", "person b", "person sub/c"}
+    assert {sample.meta["licence"] for sample in samples} == {"CC0-1.0"}
+
+
+def test_bundled_sample(sample_dir: Path, tmp_path: Path) -> None:
+    for path in sorted(sample_dir.glob("id0[0-2].*")):
+        shutil.copy(path, tmp_path / path.name)
+    report = build_shards(tmp_path, tmp_path / "out", BuildOptions())
+    assert report.used == 3 and report.manifest["rejected"] == []
+    shards = ShardSet.open(tmp_path / "out")
+    truth = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    for split in ("train", "validation"):
+        for index in range(len(shards.split(split))):
+            sample = shards.split(split).read(index)
+            values = np.array(truth[Path(sample.meta["source"]).stem]["motion"]["values"])
+            assert np.allclose(sample.struct[3].numpy(), values[9:13], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (BuildOptions(size=100), "--size 100: expected a multiple of 16"),
+        (BuildOptions(workers=0), "--workers 0: expected at least 1"),
+        (BuildOptions(validation_share=1.0), "--validation-share 1.0"),
+    ],
+)
+def test_bad_options(mixed: Path, tmp_path: Path, options: BuildOptions, message: str) -> None:
+    with pytest.raises(BuildError, match=message):
+        build_shards(mixed, tmp_path / "out", options)
+
+
+def test_folders_that_give_nothing(tmp_path: Path) -> None:
+    with pytest.raises(NotADirectoryError, match="expected a folder of videos"):
+        build_shards(tmp_path / "none", tmp_path / "out", ONE)
+    (tmp_path / "bare").mkdir()
+    with pytest.raises(BuildError, match="no video file"):
+        build_shards(tmp_path / "bare", tmp_path / "out", ONE)
+    clip(tmp_path / "mute", "m", amplitude=None)
+    with pytest.raises(BuildError, match=r"no video gave a sample: m\.mp4: R_NOAUDIO") as caught:
+        build_shards(tmp_path / "mute", tmp_path / "out", ONE)
+    assert "\n" not in str(caught.value)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_motion_without_source_or_from_two(tmp_path: Path) -> None:
+    first = clip(tmp_path / "v", "a", seed=1)
+    second = clip(tmp_path / "v", "b", seed=2)
+    second.with_suffix(".json").unlink()
+    with pytest.raises(BuildError, match=r"'mediapipe-face-landmarker-v1'.*'test-v1'"):
+        build_shards(tmp_path / "v", tmp_path / "out", ONE)
+    write_sidecar(second, sidecar_json(85, tag="other-v2"))
+    with pytest.raises(BuildError, match=r"'other-v2'.*'test-v1'"):
+        build_shards(tmp_path / "v", tmp_path / "out", ONE)
+    first.with_suffix(".json").unlink()
+    second.with_suffix(".json").unlink()
+    with pytest.raises(BuildError, match="--face-landmarker FILE"):
+        build_shards(tmp_path / "v", tmp_path / "out", ONE)
+    with pytest.raises(CodecError, match="no such file"):
+        build_shards(tmp_path / "v", tmp_path / "out", BuildOptions(face_landmarker=tmp_path / "none.task"))
+
+
+def test_a_folder_with_shards_is_left_alone(mixed: Path, built: tuple[BuildReport, Path]) -> None:
+    _, out = built
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(ShardError, match="a shard set exists here"):
+        build_shards(mixed, out, ONE)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+@given(st.sets(st.text(min_size=1), min_size=1, max_size=40), st.floats(0.01, 0.99))
+def test_split_of_identities(names: set[str], share: float) -> None:
+    names = {name for name in names if name.isprintable()} or {"x"}
+    split = split_identities(names, share)
+    held_out = [name for name, where in split.items() if where == "validation"]
+    assert set(split) == names
+    if len(names) == 1:
+        assert not held_out
+    else:
+        assert 1 <= len(held_out) < len(names)
+        assert abs(len(held_out) - share * len(names)) <= 1
+    assert split == split_identities(sorted(names, reverse=True), share)
+
+
+def test_names_of_files(tmp_path: Path) -> None:
+    for name in ("b.MP4", "a.webm", "x.txt", "-rf.mp4", "new\nline.mov", "ü.mkv"):
+        (tmp_path / name).touch()
+    assert [p.name for p in find_videos(tmp_path)] == ["-rf.mp4", "a.webm", "b.MP4", "new\nline.mov", "ü.mkv"]
+    assert key_of(Path("new\nline ü!.mov"), "ab" * 32) == "new-line-abababababab"
+    assert key_of(Path("ü.mkv"), "ab" * 32) == "video-abababababab"
+    assert len(key_of(Path("n" * 250 + ".mp4"), "ab" * 32)) <= 60
