@@ -7,13 +7,14 @@ file's own keys override; a file that is extended may not extend another.
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from dualforce.config_errors import describe
 
 
 class ConfigError(ValueError):
@@ -205,19 +206,7 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         if not found or not key:
             raise ConfigError(f"--set {item}: expected key=value, for example --set train.steps=10")
         _assign(values, key.split("."), _parse_value(text), item)
-    run = validate(RunConfig, values, f"{path} with --set {' '.join(overrides)}" if overrides else str(path))
-    check_run(run, str(path))
-    return run
-
-
-def check_run(run: RunConfig, origin: str) -> None:
-    """Raise ConfigError where values contradict each other."""
-    chunk = run.model.frames_per_chunk
-    if chunk is not None and (run.data.frames - 1) % chunk:
-        raise ConfigError(
-            f"{origin}: data.frames = {run.data.frames}: expected 1 + k * model.frames_per_chunk ({chunk}), for "
-            f"example {1 + (run.data.frames - 1) // chunk * chunk}"
-        )
+    return validate(RunConfig, values, f"{path} with --set {' '.join(overrides)}" if overrides else str(path))
 
 
 def validate(kind: type[SectionT], values: Mapping[str, Any], origin: str) -> SectionT:
@@ -225,7 +214,7 @@ def validate(kind: type[SectionT], values: Mapping[str, Any], origin: str) -> Se
     try:
         return kind.model_validate_json(json.dumps(values))
     except ValidationError as error:
-        raise ConfigError(f"{origin}: {_describe(error, kind)}") from None
+        raise ConfigError(f"{origin}: {describe(error, kind)}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -291,47 +280,3 @@ def _assign(values: dict[str, Any], key: list[str], value: Any, item: str) -> No
         if not isinstance(section, dict):
             raise ConfigError(f"--set {item}: {name} is a value, not a section")
     section[key[-1]] = value
-
-
-def _describe(error: ValidationError, kind: type[BaseModel]) -> str:
-    errors = error.errors()
-    start = _path(errors[0]["loc"], kind)
-    # A union reports one error for each of its kinds; the deepest has understood most of the value.
-    union = [one for one in errors if _path(one["loc"], kind)[: len(start)] == start]
-    first = max(union, key=lambda one: len(_path(one["loc"], kind)))
-    path = _path(first["loc"], kind)
-    key = ".".join(path)
-    if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(path[-1], _keys_at(kind, path[:-1]), n=1, cutoff=0.5)
-        hint = f"; did you mean {'.'.join([*path[:-1], near[0]])}?" if near else ""
-        return f"unknown key {key} = {json.dumps(first['input'])}{hint}"
-    if first["type"] == "missing":
-        return f"key {key} is missing"
-    reasons = dict.fromkeys(
-        one["msg"].removeprefix("Value error, ") for one in union if _path(one["loc"], kind) == path
-    )
-    value = json.dumps(first["input"], default=str)
-    return f"{key or kind.__name__} = {value if len(value) < 120 else value[:117] + '...'}: {', or: '.join(reasons)}"
-
-
-def _path(location: Sequence[int | str], kind: type[BaseModel]) -> list[str]:
-    """The keys and list places of an error's location, without the names that pydantic gives the kinds of a union."""
-    path: list[str] = []
-    for part in location:
-        if isinstance(part, int) or part in _keys_at(kind, path) or not _inside_value(kind, path):
-            path.append(str(part))
-    return path
-
-
-def _inside_value(kind: type[BaseModel], path: list[str]) -> bool:
-    """Whether `path` leads to a value, so that what follows is no key."""
-    return bool(path) and not _keys_at(kind, path)
-
-
-def _keys_at(kind: type[BaseModel], path: list[str]) -> list[str]:
-    for part in path:
-        field = kind.model_fields.get(part)
-        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
-            return []
-        kind = field.annotation
-    return list(kind.model_fields)

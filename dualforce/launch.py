@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import socket
+import warnings
 
 import numpy
 import torch
@@ -15,13 +16,15 @@ from megatron_ext.parallel.grid import ProcessGrid
 
 
 def start(sequence: int, seed: int) -> ProcessGrid:
-    """Join the other ranks of this run and return the grid; works under deepspeed, torchrun, slurm's torchrun, and alone.
+    """Join the other ranks of this run and return the grid; works under deepspeed, torchrun, and alone.
 
     Raises ValueError when `sequence` does not divide the world size. Also seeds the global generators (initial weights;
     noise has its own) and sets up logging.
     """
     cuda = torch.cuda.is_available()
     _defaults(cuda)
+    # DeepSpeed 0.19.8 calls torch's older names of the same collectives; nothing that a user could act on.
+    warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", force=True
@@ -44,7 +47,7 @@ def is_main() -> bool:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch, on every device, the same on every rank: all ranks then start from equal weights."""
+    """Seed Python, NumPy and torch, on every device, equally on every rank: all start from equal weights."""
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)

@@ -68,7 +68,6 @@ def test_files_of_the_project_load(path: Path) -> None:
         ({"loss": {"lip": {"rows": [0.8, 0.2]}}}, ["loss.lip.rows = [0.8, 0.2]", "0 <= start < stop <= 1"]),
         ({"model": {"bridge_layers": "shalow"}}, ['model.bridge_layers = "shalow"', "integer", "'shallow_focus'"]),
         ({"model": {"bridge_layers": [1, "a"]}}, ['model.bridge_layers.1 = "a"', "integer"]),
-        ({"model": {"frames_per_chunk": 3}, "data": {"frames": 9}}, ["data.frames = 9", "(3)", "for example 7"]),
     ],
 )
 def test_error_names_file_key_value_and_expectation(

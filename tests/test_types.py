@@ -8,9 +8,7 @@ from dualforce import types
 from dualforce.types import FrameSpan, chunk_of
 
 
-@pytest.mark.parametrize(
-    "name", ["ClipBatch", "FrameSigma", "Noised", "Velocity", "Conditioning", "LossTerms"]
-)
+@pytest.mark.parametrize("name", ["ClipBatch", "FrameSigma", "Noised", "Velocity", "Conditioning", "LossTerms"])
 def test_what_crosses_a_module_boundary_is_a_tuple(name: str) -> None:
     """The hooks of ZeRO-3 look into tuples, not into dataclasses."""
     kind = getattr(types, name)

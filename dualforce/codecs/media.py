@@ -106,8 +106,7 @@ def read_video(path: Path, *, max_side: int | None = None, start: int = 0, stop:
 
     Memory grows with the span asked for; use `iter_frames` for long files. Raises MediaError.
     """
-    shown = itertools.islice(iter_frames(path, max_side=max_side), start, stop)
-    frames = [picture for _, picture in shown]
+    frames = [picture for _, picture in itertools.islice(iter_frames(path, max_side=max_side), start, stop)]
     if not frames:
         raise MediaError(path, f"frames {start}..{stop}: the video has no such frames")
     sound = read_sound(path, probe(path).zero)
@@ -121,8 +120,7 @@ def read_video(path: Path, *, max_side: int | None = None, start: int = 0, stop:
 def read_sound(path: Path, zero: Fraction | None = None) -> PlacedSound | None:
     """The sound of a file as 16 kHz mono from `zero` (file time in seconds; None: from its own first sample).
 
-    Blocks are placed by their own timestamps, so a late start or a hole stays where it is. Returns None when the file
-    has no sound stream or an empty one. Raises MediaError.
+    Blocks are placed by their own timestamps, so a hole stays where it is. None without sound. Raises MediaError.
     """
     with _opened(path) as container:
         if not container.streams.audio:

@@ -7,8 +7,9 @@ is refused, never converted. Legend as in `rollout`; P pixel frames at 25 a seco
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from dualforce.codecs.face_box import face_squares, resize, square_crop
 from dualforce.codecs.face_landmarker import FaceLandmarkerModel
 from dualforce.codecs.media import read_audio, read_image
-from dualforce.codecs.motion_landmarker import NoFaceError
+from dualforce.codecs.motion_landmarker import CROP_SIZE, NoFaceError
 from dualforce.codecs.motion_sidecar import Motion, read_motion
 from dualforce.codecs.protocols import Pixels, VideoCodec, Wave
 from dualforce.codecs.registry import audio_encoder, motion_encoder, video_codec
@@ -80,8 +81,10 @@ def prepare(sources: Sources, config: Mapping[str, Any], model: ModelConfig, ori
     size = _pixel_size(config["geometry"], codec, origin)
     wave, count = _sound(sources.audio, sources.seconds)
     frames = whole_frames(count, model.frames_per_chunk)
-    picture = _face(sources.image, size, sources.face_landmarker)
-    motion = _motion(sources, extractors["motion"], picture, count)
+    face = _face(sources.image, size, sources.face_landmarker)
+    picture = face(size)
+    # Motion is read from a picture of the edge that the shard builder reads it from: blendshapes depend on it.
+    motion = _motion(sources, extractors["motion"], face, max(size, CROP_SIZE), count)
     given = len(motion) > 1
     inputs = RolloutInputs(
         reference=statistics.normalise_reference(codec.encode_image(picture)),
@@ -153,25 +156,25 @@ def _audio(wave: Wave, tag: str, frames: int, context: int) -> Tensor:
     return features[audio_frames_of(FrameSpan(0, frames), context).clamp_max(len(features) - 1)]
 
 
-def _face(path: Path, size: int, face_landmarker: Path | None) -> Pixels:
-    """The reference picture [size,size,3]: as it is at the model's size, else the face crop as of training clips."""
+def _face(path: Path, size: int, face_landmarker: Path | None) -> Callable[[int], Pixels]:
+    """The reference picture at any edge: as it is at the model's size, else the face crop as of training clips."""
     picture = read_image(path)
     height, width = picture.shape[:2]
     if height == width == size:
         logger.info("%s: used as it is (%d x %d)", path, width, height)
-        return picture
+        return partial(resize, picture)
     if face_landmarker is not None:
-        return _cropped(path, picture, size, face_landmarker)
+        return _cropped(path, picture, face_landmarker)
     if height != width:
         raise GenerateError(
             f"--image {path}: {width} x {height} pixels: expected a square picture, or --face-landmarker FILE to find "
             "the face in it"
         )
     logger.info("%s: square, resized from %d to %d pixels without looking for the face", path, width, size)
-    return resize(picture, size)
+    return partial(resize, picture)
 
 
-def _cropped(path: Path, picture: Pixels, size: int, face_landmarker: Path) -> Pixels:
+def _cropped(path: Path, picture: Pixels, face_landmarker: Path) -> Callable[[int], Pixels]:
     with FaceLandmarkerModel(face_landmarker, video=False, max_faces=4) as landmarker:
         faces = landmarker.faces(picture)
     if not faces:
@@ -180,17 +183,19 @@ def _cropped(path: Path, picture: Pixels, size: int, face_landmarker: Path) -> P
         logger.warning("%s: %d faces, the largest is used", path, len(faces))
     square = face_squares(faces[0].box[None])[0]
     logger.info("%s: cropped to the face, a square of %.0f pixels around (%.0f, %.0f)", path, square[2], *square[:2])
-    return square_crop(picture, square, size)
+    return partial(square_crop, picture, square)
 
 
-def _motion(sources: Sources, extractor: Mapping[str, Any], picture: Pixels, count: int) -> Tensor:
+def _motion(
+    sources: Sources, extractor: Mapping[str, Any], face: Callable[[int], Pixels], edge: int, count: int
+) -> Tensor:
     """Motion [1,Cs] of frame 0, or [P,Cs] of the whole clip when a motion file has more than one row."""
     tag = extractor["tag"]
     if sources.motion is not None:
         return _given_motion(sources.motion, read_motion(sources.motion), extractor, count)
     encoder = motion_encoder(tag, sources.face_landmarker)
     try:
-        return encoder.encode(picture[None], FPS)
+        return encoder.encode(face(edge)[None], FPS)
     except NoFaceError:
         raise GenerateError(
             f"--image {sources.image}: no face found in its crop: expected a picture of a face"

@@ -17,7 +17,7 @@ class KVCache:
 
     `stage` adds the frames of the current span behind the committed ones and may be called again and again for the same
     span (each denoising pass overwrites the stage); `commit` makes the last stage permanent and drops the chunks that
-    fall out of the window. Memory is bounded when a window is given: sink + window + span chunks.
+    fall out of the window. Memory is bounded when a window is given: at most twice sink + window + span chunks.
     """
 
     def __init__(self, frames_per_chunk: int, window: int | None = None, sink: int = 0) -> None:

@@ -71,9 +71,7 @@ class FullPath:
     `span` counts the frames of all ranks; `local` are this rank's. Raises ValueError when grid.sp does not divide it.
     """
 
-    def __init__(
-        self, rule: ChunkRule, kernels: KernelSet, span: FrameSpan, grid: ProcessGrid | None = None
-    ) -> None:
+    def __init__(self, rule: ChunkRule, kernels: KernelSet, span: FrameSpan, grid: ProcessGrid | None = None) -> None:
         self._grid = grid or ProcessGrid.single()
         if span.length % self._grid.sp:
             raise ValueError(f"{span.length} frames over {self._grid.sp} ranks: pad to a multiple first")

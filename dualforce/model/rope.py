@@ -45,9 +45,7 @@ def struct_rotary(span: FrameSpan, head_dim: int, device: torch.device, dtype: t
     return _rotary(_angles(struct_pixels(span).to(device), head_dim), dtype)
 
 
-def bridge_rotary(
-    span: FrameSpan, head_dim: int, device: torch.device, dtype: torch.dtype
-) -> tuple[Rotary, Rotary]:
+def bridge_rotary(span: FrameSpan, head_dim: int, device: torch.device, dtype: torch.dtype) -> tuple[Rotary, Rotary]:
     """(video, struct) positions in pixel frames: a latent frame j > 0 lies at the centre 4j - 1.5 of its four pixel
     frames, frame 0 at 0 (model reference 4.4). T is 1 for video, Q for struct."""
     pixels = struct_pixels(span).to(device=device, dtype=torch.float64)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dualforce import launch
-from dualforce.config import ConfigError, ModelConfig, RunConfig, check_run, load_run
+from dualforce.config import ConfigError, ModelConfig, RunConfig, load_run
 
 
 def main() -> None:
@@ -33,7 +33,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--run", type=Path, required=True, help="run file, for example ds_configs/runs/tiny.json")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--seed", type=int, help="same as --set train.seed=N")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the run file")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the run file"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     return parser
@@ -49,21 +51,20 @@ def _check_out(out: Path, resume: bool) -> None:
 def _run(run: RunConfig, out: Path, resume: bool) -> None:
     # What needs torch, DeepSpeed or the shards comes after the run file has been checked: a typo answers at once.
     from data_shards.reader import ShardSet
-    from dualforce.train.setup import model_config, prepare_job
     from dualforce.train.loop import train
+    from dualforce.train.setup import model_config, prepare_job
 
     shards = ShardSet.open(Path(run.data.shards))
     model = model_config(run, shards.manifest)
-    check_run(run.model_copy(update={"model": run.model.model_copy(update={"frames_per_chunk": model.frames_per_chunk})}),
-              "run")  # fmt: skip
     grid = launch.start(run.parallel.sequence, run.train.seed)
     job, start = prepare_job(run, model, shards, grid, out, resume)
     if grid.rank == 0:
-        _write_config(out, run, model, shards.manifest)
+        write_config(out, run, model, shards.manifest)
     train(job, start)
 
 
-def _write_config(out: Path, run: RunConfig, model: ModelConfig, manifest: dict[str, Any]) -> None:
+def write_config(out: Path, run: RunConfig, model: ModelConfig, manifest: dict[str, Any]) -> None:
+    """Write OUT/config.json: the run, the model, and what the shards say of the codecs, statistics and sizes."""
     video = manifest["extractors"]["video"]
     geometry = {
         "pixel_size": manifest["pixel_size"],

@@ -67,8 +67,8 @@ def read_state(run_dir: Path, step: int | None = None) -> SavedState:
 def resume(engine: Any, run_dir: Path, expected: SavedState, grid: ProcessGrid) -> int:
     """Load the newest checkpoint into the engine and the generators; returns the steps done.
 
-    Raises ConfigError when the checkpoint was written with other ranks or another configuration; lengths and intervals of
-    the run may differ.
+    Raises ConfigError when the checkpoint was written with other ranks or another configuration; intervals and
+    `stop_at` may differ.
     """
     saved = read_state(run_dir)
     _check_same(saved, expected, run_dir)
@@ -142,11 +142,12 @@ def _generator_states(device: torch.device) -> dict[str, Tensor]:
         states["cuda"] = torch.cuda.get_rng_state(device)
     version, internal, gauss = random.getstate()
     states["python"] = torch.tensor(internal, dtype=torch.int64)
-    name, keys, position, has_gauss, cached = numpy.random.get_state(legacy=True)
-    if gauss is None and not has_gauss and name == "MT19937" and version == 3:
-        states["numpy"] = torch.tensor([*keys.tolist(), position], dtype=torch.int64)
-        return states
-    raise RuntimeError(f"generator states python {version}, numpy {name}, pending normals {gauss} {cached}: not plain")
+    legacy = numpy.random.get_state(legacy=False)
+    inner = legacy["state"]
+    if gauss is not None or legacy["has_gauss"] or version != 3:
+        raise RuntimeError("a global generator holds half of a pair of normal numbers, which is not saved")
+    states["numpy"] = torch.tensor([*inner["key"].tolist(), inner["pos"]], dtype=torch.int64)
+    return states
 
 
 def _restore_generators(states: dict[str, Tensor], device: torch.device) -> None:

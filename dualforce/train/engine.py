@@ -26,9 +26,11 @@ class BatchPlan:
 
 
 def plan_batch(clips_per_step: int, dp: int, max_micro_batch: int) -> BatchPlan:
-    """The largest micro-batch that divides each data-parallel rank's clips; ConfigError when the clips do not divide."""
+    """The largest micro-batch that divides each data-parallel rank's clips; ConfigError when they do not divide."""
     if clips_per_step % dp:
-        raise ConfigError(f"data.clips_per_step = {clips_per_step}: expected a multiple of the {dp} data-parallel ranks")
+        raise ConfigError(
+            f"data.clips_per_step = {clips_per_step}: expected a multiple of the {dp} data-parallel ranks"
+        )
     per_rank = clips_per_step // dp
     micro = max(size for size in range(1, min(per_rank, max_micro_batch) + 1) if per_rank % size == 0)
     return BatchPlan(micro, per_rank // micro)
@@ -74,8 +76,9 @@ def build_engine(build: Callable[[], nn.Module], config: dict[str, Any], grid: P
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Matrices with the configured weight decay; biases, norms and modulation rows without. Every parameter is in one."""
-    decayed, plain = [], []
+    """Matrices with the configured weight decay; biases, norms, modulation rows without; each in one."""
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
         shape = getattr(parameter, "ds_shape", parameter.shape)  # the shape before ZeRO-3 partitioned it
         matrix = len(shape) >= 2 and not name.endswith("modulation")

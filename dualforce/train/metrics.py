@@ -19,12 +19,12 @@ DECILES = 10
 
 
 class StepMetrics:
-    """Sums of the loss shares, of the errors by noise-level decile and tower, and of lip-sync hits since the last read."""
+    """Sums of the loss shares, of the errors by noise-level decile and tower, of lip-sync hits since the last read."""
 
     def __init__(self, grid: ProcessGrid) -> None:
         self._grid = grid
-        # One vector, so that a log interval costs one reduction: terms, total, hits, rows, then per tower and decile the
-        # error and the count.
+        # One vector, so that a log interval costs one reduction: terms, total, hits, rows, then error and count by
+        # tower and decile.
         self._sums = torch.zeros(len(TERMS) + 3 + 4 * DECILES, dtype=torch.float64, device=grid.device)
         self._present = [False] * len(TERMS)
 
@@ -51,9 +51,7 @@ class StepMetrics:
         values = self._sums.tolist()
         self._sums.zero_()
         n = len(TERMS)
-        found: dict[str, Any] = {
-            name: values[i] / steps for i, name in enumerate(TERMS) if self._present[i]
-        }
+        found: dict[str, Any] = {name: values[i] / steps for i, name in enumerate(TERMS) if self._present[i]}
         found["total"] = values[n] / steps
         if self._present[TERMS.index("lip_sync")] and values[n + 2]:
             found["lip_sync_accuracy"] = values[n + 1] / values[n + 2]

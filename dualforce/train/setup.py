@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from data_shards.reader import ShardReader, ShardSet
 from dualforce.config import ConfigError, ModelConfig, RunConfig
+from dualforce.config_errors import describe
 from dualforce.data.loader import StepLoader
 from dualforce.data.statistics import StreamStatistics
 from dualforce.model.bridge import bridge_layers
@@ -38,7 +39,7 @@ def model_config(run: RunConfig, manifest: dict[str, Any]) -> ModelConfig:
             overrides=run.model,
         )
     except ValidationError as error:
-        raise ConfigError(f"model: {error.errors()[0]['msg']}") from None
+        raise ConfigError(f"model on {run.data.shards}: {describe(error, ModelConfig)}") from None
     bridge_layers(model)
     channels = extractors["video"]["channels"]
     if channels != model.video.out_dim:
@@ -46,8 +47,14 @@ def model_config(run: RunConfig, manifest: dict[str, Any]) -> ModelConfig:
     for name in ("height", "width"):
         if extractors["video"][name] % model.video.patch:
             raise ConfigError(
-                f"{run.data.shards}: latent {name} {extractors['video'][name]}; expected a multiple of {model.video.patch}"
+                f"{run.data.shards}: latent {name} {extractors['video'][name]}; "
+                f"expected a multiple of {model.video.patch}"
             )
+    if (run.data.frames - 1) % model.frames_per_chunk:
+        raise ConfigError(
+            f"data.frames = {run.data.frames}: expected 1 + k * {model.frames_per_chunk} (whole chunks), for example "
+            f"{1 + (run.data.frames - 1) // model.frames_per_chunk * model.frames_per_chunk}"
+        )
     if run.data.frames > manifest["frames"]:
         raise ConfigError(
             f"data.frames = {run.data.frames}: the clips in {run.data.shards} have {manifest['frames']} latent frames"

@@ -42,14 +42,12 @@ class StepContext:
 def prepare(batch: ClipBatch, drawn: Draw, context: StepContext) -> tuple[StepInput, LossCounts]:
     """Mix in the drawn noise, pad to the sequence-parallel size, and cut out this rank's frames, all on the CPU.
 
-    The returned counts are of whole clips and zero on all but the first rank of a sequence-parallel group, so that their
-    sum over all ranks counts every clip once; the input's own counts are set by `with_counts`.
+    The returned counts are of whole clips and zero on all but the first rank of a sequence-parallel group, so that
+    their sum over all ranks counts every clip once; the input's own counts are set by `with_counts`.
     """
     batch = pad_frames(batch, context.grid.sp)
     drawn = pad_draw(drawn, batch.video.shape[1])
-    masks = loss_masks(
-        drawn.sigma, batch.valid, batch.flame_valid, batch.voiced, context.run.loss.lip.max_sigma
-    )
+    masks = loss_masks(drawn.sigma, batch.valid, batch.flame_valid, batch.voiced, context.run.loss.lip.max_sigma)
     counts = loss_counts(masks, drawn.sigma)
     if context.grid.sp_rank:
         counts = LossCounts(*(torch.zeros_like(count) for count in counts))
@@ -80,7 +78,11 @@ def with_counts(inputs: list[tuple[StepInput, LossCounts]], grid: ProcessGrid) -
 
 
 def train_step(
-    engine: Any, batches: list[ClipBatch], context: StepContext, step: int, record: Callable[[StepInput, StepOutput], None]
+    engine: Any,
+    batches: list[ClipBatch],
+    context: StepContext,
+    step: int,
+    record: Callable[[StepInput, StepOutput], None],
 ) -> Any:
     """Accumulate all micro-batches of optimizer step `step` and update the weights; `record` sees each micro-batch.
 
@@ -117,5 +119,3 @@ def _to_device(value: Any, device: torch.device) -> Any:
         moved = [_to_device(item, device) for item in value]
         return type(value)(*moved) if hasattr(value, "_fields") else tuple(moved)
     return value
-
-

@@ -72,7 +72,7 @@ def validate(engine: Any, held_out: HeldOut, context: StepContext) -> dict[str, 
         batch = held_out.clip(index % clips, run.data.frames, len(levels))
         if index >= clips:
             batch = batch._replace(valid=torch.zeros_like(batch.valid))
-        inputs, output = _forward(engine, batch, levels.tolist(), context)
+        inputs, output = forward(engine, batch, levels.tolist(), context)
         sums += _error_sums(inputs, output)
         found = _moments(inputs)
         moments = found if moments is None else moments + found
@@ -85,13 +85,14 @@ def validate(engine: Any, held_out: HeldOut, context: StepContext) -> dict[str, 
     return _report(sums.cpu(), Moments(*moments.cpu().unbind()), levels)
 
 
-def _forward(
-    engine: Any, batch: ClipBatch, levels: list[float], context: StepContext
-) -> tuple[StepInput, StepOutput]:
+def forward(engine: Any, batch: ClipBatch, levels: list[float], context: StepContext) -> tuple[StepInput, StepOutput]:
+    """The engine's prediction for a batch with clip b at `levels[b]`. Collective."""
     drawn = draw_fixed(batch, levels, context.run.train.seed)
     inputs = with_counts([prepare(batch, drawn, context)], context.grid)[0]
     with torch.no_grad():
-        return inputs, engine(inputs, context.path(inputs.target.video.shape[1] * context.grid.sp), 0, context.grid.world)
+        return inputs, engine(
+            inputs, context.path(inputs.target.video.shape[1] * context.grid.sp), 0, context.grid.world
+        )
 
 
 def _error_sums(inputs: StepInput, output: StepOutput) -> Tensor:
@@ -125,14 +126,12 @@ def _report(sums: Tensor, moments: Moments, levels: Tensor) -> dict[str, Any]:
     }
 
 
-def sample_frames(
-    engine: Any, held_out: HeldOut, context: StepContext, level: float = 0.55
-) -> dict[str, Tensor]:
+def sample_frames(engine: Any, held_out: HeldOut, context: StepContext, level: float = 0.55) -> dict[str, Tensor]:
     """Latents [F,C,H,W] of the first held-out clip: `clean`, `noised` at `level`, and `denoised` in one step; not
     denormalised. Collective."""
     batch = held_out.clip(0, context.run.data.frames, 1)
     engine.eval()
-    inputs, output = _forward(engine, batch, [level], context)
+    inputs, output = forward(engine, batch, [level], context)
     engine.train()
     path = context.path(inputs.target.video.shape[1] * context.grid.sp)
     sigma = inputs.noised.sigma.video[..., None, None, None]

@@ -80,7 +80,9 @@ def test_clean_beginnings() -> None:
     assert set(lengths.tolist()) == set(wanted)  # whole chunks, and never all of them
 
 
-@pytest.mark.parametrize(("frames", "lengths"), [(1, {0}), (2, {1}), (3, {1}), (4, {1, 3}), (5, {1, 3}), (6, {1, 3, 5})])
+@pytest.mark.parametrize(
+    ("frames", "lengths"), [(1, {0}), (2, {1}), (3, {1}), (4, {1, 3}), (5, {1, 3}), (6, {1, 3, 5})]
+)
 def test_a_prefix_is_whole_chunks_and_never_everything(frames: int, lengths: set[int]) -> None:
     """Also where the last chunk is short."""
     assert set(clean_frames(many(frames, p_clean_first=1.0, p_clean_prefix=1.0)).tolist()) == lengths

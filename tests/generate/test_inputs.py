@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dualforce.codecs.media import Wave, read_image
-from dualforce.codecs.motion_landmarker import TAG, LandmarkerMotion
+from dualforce.codecs.motion_landmarker import CROP_SIZE, TAG, LandmarkerMotion
+from dualforce.codecs.protocols import Pixels
 from dualforce.data.windows import audio_windows
 from dualforce.generate import inputs as module
 from dualforce.generate.inputs import GenerateError, Sources, prepare, whole_frames
@@ -72,11 +73,28 @@ def test_real_picture_is_cropped_to_the_face_and_has_motion(sources: Sources) ->
         assert torch.isfinite(tensor).all() and tensor.std() > 0
 
 
+def test_motion_is_read_from_a_crop_of_the_size_that_training_used(
+    sources: Sources, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the edge of the model's own pictures, 128, blendshapes are mostly error."""
+    seen = []
+
+    class Recorder(LandmarkerMotion):
+        def encode(self, pixels: Pixels, fps: float) -> torch.Tensor:
+            seen.append(pixels.shape)
+            return super().encode(pixels, fps)
+
+    monkeypatch.setattr(module, "motion_encoder", lambda tag, path: Recorder(path))
+    model, config = real_config(128, LandmarkerMotion.width)
+    prepare(sources, config, model, "config.json")
+    assert seen == [(1, CROP_SIZE, CROP_SIZE, 3)]
+
+
 def test_face_takes_about_half_of_the_crop(sources: Sources) -> None:
     from dualforce.codecs.face_landmarker import FaceLandmarkerModel
 
     assert sources.face_landmarker is not None
-    crop = module._face(sources.image, 256, sources.face_landmarker)
+    crop = module._face(sources.image, 256, sources.face_landmarker)(256)
     assert crop.shape == (256, 256, 3) and read_image(sources.image).shape != crop.shape
     with FaceLandmarkerModel(sources.face_landmarker, video=False) as landmarker:
         box = landmarker.faces(crop)[0].box

@@ -109,10 +109,13 @@ def engine_config(stage: int, accumulation: int, world: int) -> dict[str, Any]:
 
 
 def module_for(run: RunConfig, shards: ShardSet, start: dict[str, Tensor] | None) -> TrainModule:
-    """The model with random values everywhere (zero-initialised leaves would hide errors), or with the values `start`."""
+    """The model with random values everywhere (zero-initialised leaves would hide errors), or the values `start`."""
     extractors = shards.manifest["extractors"]
     config = build_model_config(
-        "tiny", struct_dim=extractors["motion"]["width"], audio_dim=extractors["audio"]["width"], overrides=ModelOverrides()
+        "tiny",
+        struct_dim=extractors["motion"]["width"],
+        audio_dim=extractors["audio"]["width"],
+        overrides=ModelOverrides(),
     )
     torch.manual_seed(0)
     module = TrainModule(config, run.loss, KERNELS, extractors["flame"]["width"], run.parallel.checkpointing)
@@ -158,13 +161,16 @@ def train(engine: Any, run: RunConfig, shards: ShardSet, grid: ProcessGrid) -> M
 
 
 def compare(found: Measured, reference: Measured, norm: float) -> dict[str, Any]:
-    """Largest relative differences of losses and norms; smallest cosine of gradients and of weights, with its tensor."""
+    """Largest relative differences of losses and norms; smallest cosines of gradients and weights, with the tensor."""
     worst: dict[str, Any] = {"gradient": (1.0, ""), "weight": (1.0, ""), "compared": 0}
     for name, gradient in reference.gradients.items():
         if gradient.norm() <= 1e-6 * norm:
             continue
         worst["compared"] += 1
-        pairs = {"gradient": (found.gradients[name], gradient), "weight": (found.weights[name], reference.weights[name])}
+        pairs = {
+            "gradient": (found.gradients[name], gradient),
+            "weight": (found.weights[name], reference.weights[name]),
+        }
         for kind, (a, b) in pairs.items():
             worst[kind] = min(worst[kind], (cosine(a, b), name))
     worst["loss"] = max(abs(a - b) / abs(b) for a, b in zip(found.losses, reference.losses, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -33,7 +34,7 @@ def spans(frames: int, chunk: int, at_once: int) -> list[FrameSpan]:
     """Chunks [1, n, n, ...], the last one possibly short, `at_once` together."""
     edges = [0, *(f for f in range(1, frames) if chunk_of(f, chunk) != chunk_of(f - 1, chunk)), frames]
     edges = [*edges[:-1:at_once], frames]
-    return [FrameSpan(a, b - a) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return [FrameSpan(a, b - a) for a, b in itertools.pairwise(edges)]
 
 
 def cut(noised: Noised, cond: Conditioning, span: FrameSpan, sigma: FrameSigma) -> tuple[Noised, Conditioning]:
@@ -48,7 +49,7 @@ def largest(a: Tensor, b: Tensor) -> float:
 
 @pytest.mark.parametrize("seed", range(60))
 def test_cached_equals_full(seed: int) -> None:
-    """Denoising pass of each chunk at its own level against clean earlier chunks, as generation does it: the full forward
+    """Denoising pass of each chunk at its own level against clean earlier chunks, as in generation: the full forward
     sees sigma 0 before the chunk and the chunk's own sigma in it."""
     frames, chunk, window, sink, at_once = random_case(seed)
     config = tiny_config(frames_per_chunk=chunk, window=window, sink=sink, bridge={"layers": "full"})

@@ -36,7 +36,11 @@ def preset_shape(name: str) -> ModelConfig:
     (_, heads_v, _, layers_v), (_, heads_s, _, layers_s) = row.video, row.struct
     video = {"dim": 4 * heads_v, "heads": heads_v, "layers": layers_v}
     struct = {"dim": 4 * heads_s, "heads": heads_s, "layers": layers_s}
-    audio = {"layers": row.audio[0], "heads": 4 if row.audio[1] is None else 3, "inner": None if row.audio[1] is None else 12}
+    audio = {
+        "layers": row.audio[0],
+        "heads": 4 if row.audio[1] is None else 3,
+        "inner": None if row.audio[1] is None else 12,
+    }
     return tiny_config(
         video=video, struct=struct, bridge={"layers": row.bridge}, audio=audio, frames_per_chunk=row.frames_per_chunk
     )
@@ -73,8 +77,12 @@ def check_causal(config: ModelConfig, chunks: tuple[int, ...] = (1, 2)) -> None:
             for name, changed, conditions in perturbed(noised, cond, first):
                 after = run(model, changed, conditions)
                 for stream, old, new in zip(Velocity._fields, before, after, strict=True):
-                    assert torch.equal(old[:, :first], new[:, :first]), f"{name} of chunk {chunk} reaches earlier {stream}"
-                changes = any(not torch.equal(old[:, first:], new[:, first:]) for old, new in zip(before, after, strict=True))
+                    assert torch.equal(old[:, :first], new[:, :first]), (
+                        f"{name} of chunk {chunk} reaches earlier {stream}"
+                    )
+                changes = any(
+                    not torch.equal(old[:, first:], new[:, first:]) for old, new in zip(before, after, strict=True)
+                )
                 assert changes, f"{name} changes nothing at all"
 
 
@@ -117,13 +125,15 @@ def test_dropped_mask_is_caught() -> None:
     leaky = LeakyRule(config.frames_per_chunk, None, 0)
     with torch.no_grad():
         before = run(model, noised, cond, leaky)
-        after = run(model, noised._replace(video=torch.cat((noised.video[:, :3], -noised.video[:, 3:]), 1)), cond, leaky)
+        after = run(
+            model, noised._replace(video=torch.cat((noised.video[:, :3], -noised.video[:, 3:]), 1)), cond, leaky
+        )
     assert not torch.equal(before.video[:, :3], after.video[:, :3])
     assert not torch.equal(before.struct[:, :3], after.struct[:, :3])
 
 
 def test_audio_reaches_exactly_the_declared_look_ahead() -> None:
-    """Changing the 50 Hz track from the first frame past a chunk's look-ahead changes nothing in it; one frame earlier does."""
+    """Changing the 50 Hz track past a chunk's look-ahead changes nothing in the chunk; one frame earlier it does."""
     config = tiny_config(bridge={"layers": "full"})
     model, context = tiny_model(config), config.audio.context
     noised, cond = random_inputs(config, frames=FRAMES)

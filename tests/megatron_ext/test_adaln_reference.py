@@ -39,12 +39,13 @@ def slow_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 5e-6), (torch.bfloat16, 2e-2)]
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 5e-6), (torch.bfloat16, 2**-8)]
 )
 def test_against_float64(dtype: torch.dtype, tolerance: float) -> None:
-    """bf16: half a unit in the last place is 2^-9 of the value, about 0.004; the row is fp32."""
+    """bf16: the one rounding at the end, at most half a unit in the last of 8 bits; a second one would show wherever
+    the shift cancels the normed value."""
     x, y, shift, scale, gate = tensors(dtype, 2, 3)
-    close = {"rtol": tolerance, "atol": tolerance}
+    close = {"rtol": tolerance, "atol": min(tolerance, 1e-5)}
     out = adaln(x, shift, scale, EPS)
     assert out.dtype == dtype
     torch.testing.assert_close(out.double(), slow_adaln(x, shift, scale), **close)

@@ -53,9 +53,7 @@ CASES = [
 
 @pytest.mark.parametrize(("frames", "n", "window", "sink"), CASES)
 @pytest.mark.parametrize("tokens", [(6, 6), (6, 4), (4, 6)], ids=["self", "to-video", "to-struct"])
-def test_equals_dense_softmax(
-    frames: int, n: int, window: int | None, sink: int, tokens: tuple[int, int]
-) -> None:
+def test_equals_dense_softmax(frames: int, n: int, window: int | None, sink: int, tokens: tuple[int, int]) -> None:
     q, k, v = tensors((2, frames, tokens[0], 3, 8), (2, frames, tokens[1], 3, 8), torch.float64)
     for x in (q, k, v):
         x.requires_grad_()

@@ -1,0 +1,93 @@
+"""Dealing out clips, filling in the DeepSpeed file, and grouping parameters."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.tiny_model import kernels, tiny_config
+
+from dualforce.config import ConfigError, LossConfig, RunConfig, validate
+from dualforce.train.engine import BatchPlan, compute_dtype, deepspeed_config, parameter_groups, plan_batch
+from dualforce.train.train_module import TrainModule
+
+
+def run_with(path: Path, config: dict[str, Any]) -> RunConfig:
+    path.write_text(json.dumps(config))
+    return validate(RunConfig, {"preset": "tiny", "deepspeed": str(path), "train": {"steps": 7}}, "test")
+
+
+@pytest.mark.parametrize(
+    ("clips", "dp", "limit", "expected"),
+    [(8, 1, 8, (8, 1)), (8, 2, 8, (4, 1)), (8, 2, 3, (2, 2)), (12, 2, 4, (3, 2)), (7, 1, 4, (1, 7)), (4, 4, 8, (1, 1))],
+)
+def test_plan_takes_the_largest_dividing_micro_batch(
+    clips: int, dp: int, limit: int, expected: tuple[int, int]
+) -> None:
+    plan = plan_batch(clips, dp, limit)
+    assert plan == BatchPlan(*expected)
+    assert plan.micro_batch * plan.accumulation * dp == clips
+
+
+def test_plan_refuses_clips_that_do_not_divide() -> None:
+    with pytest.raises(ConfigError, match="clips_per_step = 6: expected a multiple of the 4"):
+        plan_batch(6, 4, 8)
+
+
+def test_batch_keys_and_schedule_are_filled_in(tmp_path: Path) -> None:
+    config = {
+        "train_batch_size": "auto",
+        "optimizer": {"type": "AdamW", "params": {}},
+        "scheduler": {"type": "WarmupCosineLR", "params": {"total_num_steps": "auto"}},
+    }
+    filled = deepspeed_config(run_with(tmp_path / "ds.json", config), BatchPlan(2, 3), 4)
+    assert filled["train_micro_batch_size_per_gpu"] == 2
+    assert filled["gradient_accumulation_steps"] == 3
+    assert filled["train_batch_size"] == 2 * 3 * 4
+    assert filled["scheduler"]["params"]["total_num_steps"] == 7
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"train_batch_size": 8, "optimizer": {}}, 'train_batch_size = 8: expected "auto"'),
+        ({"fp16": {"enabled": True}, "optimizer": {}}, "fp16.enabled = true"),
+        ({}, "key optimizer is missing"),
+    ],
+)
+def test_deepspeed_file_that_contradicts_the_run_is_refused(
+    tmp_path: Path, config: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        deepspeed_config(run_with(tmp_path / "ds.json", config), BatchPlan(1, 1), 1)
+    assert str(tmp_path / "ds.json") in str(error.value)
+
+
+def test_dtype_follows_the_deepspeed_file() -> None:
+    assert compute_dtype({"bf16": {"enabled": True}}) is torch.bfloat16
+    assert compute_dtype({"bf16": {"enabled": False}}) is torch.float32
+    assert compute_dtype({}) is torch.float32
+
+
+def test_every_parameter_is_in_exactly_one_group() -> None:
+    """Norms, biases, modulation rows and the temperature are not decayed; the loss heads are there too (T20)."""
+    module = TrainModule(tiny_config(), LossConfig(), kernels(), flame_dim=3, checkpointing=False)
+    decayed, plain = parameter_groups(module)
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    found = [names[id(parameter)] for group in (decayed, plain) for parameter in group["params"]]
+    assert sorted(found) == sorted(names.values())
+    assert plain["weight_decay"] == 0.0
+    assert {"heads.flame.weight", "heads.lip_sync.mouth.0.weight"} <= {names[id(p)] for p in decayed["params"]}
+    undecayed = {names[id(p)] for p in plain["params"]}
+    assert {"heads.lip_sync.log_tau", "model.video.blocks.0.modulation", "model.video.head.modulation"} <= undecayed
+    assert not any(name.endswith("qkv.weight") for name in undecayed)
+
+
+def test_heads_exist_only_where_their_loss_does() -> None:
+    none = TrainModule(tiny_config(), LossConfig(flame=0, lip_sync=0), kernels(), flame_dim=3, checkpointing=False)
+    assert not list(none.heads)
+    no_flame = TrainModule(tiny_config(), LossConfig(), kernels(), flame_dim=None, checkpointing=False)
+    assert list(no_flame.heads) == ["lip_sync"]

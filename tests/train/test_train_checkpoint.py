@@ -1,0 +1,69 @@
+"""The parts of a checkpoint that the project writes itself; whole runs are in tests/invariants/test_runs.py."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+
+from dualforce.config import ConfigError
+from dualforce.train import checkpoint
+from dualforce.train.checkpoint import SavedState, read_state
+
+STATE = SavedState(step=5, world=2, sequence=2, zero_stage=3, run={"train": {"steps": 9, "seed": 1, "log_every": 1}})
+
+
+def write_checkpoint(run: Path, state: SavedState) -> Path:
+    folder = run / "checkpoints" / f"step-{state.step:06d}"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text(json.dumps(asdict(state)))
+    (run / "checkpoints" / "LATEST").write_text(folder.name + "\n")
+    return folder
+
+
+def test_state_is_read_back(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, STATE)
+    assert read_state(tmp_path) == STATE
+    assert read_state(tmp_path, 5) == STATE
+
+
+def test_missing_checkpoints_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="LATEST: no such file"):
+        read_state(tmp_path)
+    folder = write_checkpoint(tmp_path, STATE)
+    with pytest.raises(ConfigError, match=r"step-000004.*no such file"):
+        read_state(tmp_path, 4)
+    (folder / "state.json").write_text('{"step": 5}')
+    with pytest.raises(ConfigError, match=r"state\.json"):
+        read_state(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["log_every", "save_every", "stop_at"])
+def test_intervals_may_change_on_resume(key: str) -> None:
+    other = replace(STATE, run={"train": {**STATE.run["train"], key: 77}})
+    checkpoint._check_same(STATE, other, Path("run"))
+
+
+def test_other_values_may_not(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train\.seed = 1, this run 2"):
+        checkpoint._check_same(STATE, replace(STATE, run={"train": {**STATE.run["train"], "seed": 2}}), tmp_path)
+    with pytest.raises(ConfigError, match="zero_stage = 3, this run 1"):
+        checkpoint._check_same(STATE, replace(STATE, zero_stage=1), tmp_path)
+
+
+def test_generators_continue_where_they_were() -> None:
+    def draws() -> tuple[list[float], list[float], list[float]]:
+        return torch.rand(5).tolist(), [random.random() for _ in range(5)], numpy.random.rand(5).tolist()
+
+    device = torch.device("cpu")
+    draws()
+    states = {name: tensor.clone() for name, tensor in checkpoint._generator_states(device).items()}
+    expected = draws()
+    assert draws() != expected
+    checkpoint._restore_generators(states, device)
+    assert draws() == expected
