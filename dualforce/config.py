@@ -22,6 +22,8 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
+    """Part of a configuration: immutable, strict in types, no unknown keys, no NaN or infinity."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
@@ -52,6 +54,7 @@ class TowerConfig(Section):
 
     @property
     def head_dim(self) -> int:
+        """Width of one attention head."""
         return self.dim // self.heads
 
 
@@ -116,6 +119,8 @@ class ModelOverrides(Section):
 
 
 class DataConfig(Section):
+    """Which clips a run trains on, and how they are dealt out."""
+
     shards: str = Field(default="shards", description="folder of a shard set (with manifest.json)")
     frames: int = Field(default=9, ge=1, description="latent frames of a training clip, 1 + k * frames_per_chunk")
     clips_per_step: int = Field(default=8, ge=1, description="clips of one optimizer step over all ranks")
@@ -138,6 +143,8 @@ class NoiseConfig(Section):
 
 
 class LipSyncConfig(Section):
+    """The lip-sync contrast (model reference 8.4)."""
+
     rows: tuple[float, float] = Field(default=(36 / 64, 60 / 64), description="mouth rows, shares of the latent height")
     cols: tuple[float, float] = Field(default=(18 / 64, 46 / 64), description="mouth columns, shares of its width")
     dim: int = Field(default=256, gt=0, description="width of the embeddings")
@@ -153,6 +160,8 @@ class LipSyncConfig(Section):
 
 
 class LossConfig(Section):
+    """Weights of the losses beside that of the video velocity, which is 1 (model reference 8)."""
+
     struct: float = Field(default=0.5, ge=0)
     flame: float = Field(default=0.1, ge=0)
     flame_steps: int = Field(default=10_000, ge=1, description="the FLAME weight falls linearly to 0 over these steps")
@@ -161,11 +170,15 @@ class LossConfig(Section):
 
 
 class ParallelConfig(Section):
+    """How a clip is spread over ranks and memory."""
+
     sequence: int = Field(default=1, ge=1, description="ranks that share one clip")
     checkpointing: bool = Field(default=False, description="recompute blocks in the backward pass")
 
 
 class TrainConfig(Section):
+    """Length, seed and intervals, in optimizer steps."""
+
     steps: int = Field(ge=1, description="optimizer steps, the length of the learning-rate schedule")
     stop_at: int | None = Field(default=None, ge=1, description="stop after this step with a checkpoint; null: the end")
     seed: int = Field(default=0, ge=0)

@@ -25,6 +25,7 @@ def start(sequence: int, seed: int) -> ProcessGrid:
     _defaults(cuda)
     # DeepSpeed 0.19.8 calls torch's older names of the same collectives; nothing that a user could act on.
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
+    logging.getLogger("DeepSpeed").addFilter(_worth_showing)
     rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", force=True
@@ -39,6 +40,11 @@ def start(sequence: int, seed: int) -> ProcessGrid:
     deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
     seed_everything(seed)
     return ProcessGrid.build(sequence, device)
+
+
+def _worth_showing(record: logging.LogRecord) -> bool:
+    # DeepSpeed's own start reads the learning rate before the first step, and warns itself about it.
+    return "before it has started" not in record.getMessage()
 
 
 def is_main() -> bool:
@@ -62,7 +68,7 @@ def _defaults(cuda: bool) -> None:
     os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if alone:
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+        os.environ.setdefault("MASTER_PORT", str(free_port()))
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if os.environ["LOCAL_WORLD_SIZE"] == world and "lo" in (name for _, name in socket.if_nameindex()):
@@ -70,7 +76,8 @@ def _defaults(cuda: bool) -> None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -21,6 +21,7 @@ AUDIO_FRAMES = 8  # A: 50 Hz frames per latent frame at 6.25 latent frames a sec
 FPS = 25
 AUDIO_HZ = 50
 SAMPLE_RATE = 16_000
+SAMPLES_PER_FRAME = SAMPLE_RATE // FPS  # sound of one pixel frame
 
 
 class ClipBatch(NamedTuple):
@@ -73,10 +74,10 @@ class Conditioning(NamedTuple):
 
 
 class LossTerms(NamedTuple):
-    """Scalars in fp32; a term whose weight is zero in the run is None."""
+    """Scalars in fp32; `flame` and `lip_sync` are None where the run has no such loss."""
 
     video: Tensor
-    struct: Tensor | None
+    struct: Tensor
     flame: Tensor | None
     lip_sync: Tensor | None
     total: Tensor

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
+
+from dualforce.launch import free_port
 
 CPU_PROCESSES = 2
 
@@ -38,13 +39,6 @@ def device_options(processes: int, env: dict[str, str]) -> list[str]:
         return ["--num_gpus", str(processes)]
     env["CUDA_VISIBLE_DEVICES"] = ",".join(visible.split(",")[:processes])
     return []
-
-
-def free_port() -> int:
-    """A TCP port of this machine that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def train(processes: int, arguments: list[str]) -> int:

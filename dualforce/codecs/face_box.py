@@ -13,12 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dualforce.codecs.protocols import Pixels
+
 FACE_SHARE = 0.5  # longer side of the face box as a share of the crop
 RAISE = 0.06  # the crop's centre lies this share of its side above the face's: room for hair, eyes and mouth inside
 
 BAND = 32  # target pixels resized by one matrix product
 
-Pixels = NDArray[np.uint8]
 Boxes = NDArray[np.float64]
 
 

@@ -17,12 +17,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from dualforce.codecs.media_clock import ClockError, PlacedSound, Timed, Wave, pixel_frames_shown, place_sound
+from dualforce.codecs.media_clock import ClockError, PlacedSound, Timed, pixel_frames_shown, place_sound
+from dualforce.codecs.protocols import Pixels, Wave
 from dualforce.types import FPS, SAMPLE_RATE
-
-Pixels = NDArray[np.uint8]
 
 MAX_JITTER = Fraction(1, 50)  # seconds a sound block may lie off the running clock before it counts as a hole
 

@@ -10,11 +10,10 @@ from fractions import Fraction
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
+from dualforce.codecs.protocols import Wave
 from dualforce.types import FPS, SAMPLE_RATE
 
-Wave = NDArray[np.float32]
 Item = TypeVar("Item")
 
 MAX_HOLD = 60  # seconds without a new picture after which the timestamps are taken to be broken

@@ -18,12 +18,10 @@ import math
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from dualforce.codecs.protocols import Pixels
 from dualforce.types import PIXEL_FRAMES_PER_LATENT, latent_frames
-
-Pixels = NDArray[np.uint8]
 
 TAG = "dct-4x8x8-16-v1"
 CHANNELS = 16

@@ -7,6 +7,7 @@ is refused, never converted. Legend as in `rollout`; P pixel frames at 25 a seco
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +33,7 @@ from dualforce.types import (
     FPS,
     PIXEL_FRAMES_PER_LATENT,
     SAMPLE_RATE,
+    SAMPLES_PER_FRAME,
     STRUCT_TOKENS,
     FrameSpan,
     audio_frames_of,
@@ -39,8 +41,6 @@ from dualforce.types import (
 )
 
 logger = logging.getLogger(__name__)
-
-SAMPLES_PER_FRAME = SAMPLE_RATE // FPS
 
 
 class GenerateError(ValueError):
@@ -76,6 +76,8 @@ def prepare(sources: Sources, config: Mapping[str, Any], model: ModelConfig, ori
     Raises GenerateError, MediaError, SidecarError or CodecError, each with one line.
     """
     statistics = StreamStatistics.from_manifest(config, origin)
+    if sources.face_landmarker is not None and not sources.face_landmarker.is_file():
+        raise GenerateError(f"--face-landmarker {sources.face_landmarker}: no such file")
     extractors = config["extractors"]
     codec = video_codec(extractors["video"]["tag"])
     size = _pixel_size(config["geometry"], codec, origin)
@@ -142,7 +144,8 @@ def _sound(path: Path, seconds: float | None) -> tuple[Wave, int]:
     available = len(wave) // SAMPLES_PER_FRAME
     if not available:
         raise GenerateError(f"--audio {path}: {len(wave) / SAMPLE_RATE:.3f} s of sound: expected at least {1 / FPS} s")
-    count = available if seconds is None else round(seconds * FPS)
+    wanted = available if seconds is None else seconds * FPS
+    count = round(wanted) if math.isfinite(wanted) else 0
     if not 1 <= count <= available:
         raise GenerateError(
             f"--seconds {seconds}: expected {1 / FPS} to {available / FPS:g}, the length of {path} in whole frames"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,8 @@ def generate(
     """
     if out.suffix != ".mp4":
         raise GenerateError(f"--out {out}: expected a name that ends in .mp4")
+    if out.is_dir():
+        raise GenerateError(f"--out {out}: is a folder; expected a file")
     if sampling.cfg_text != 1.0 and sources.text is None:
         raise GenerateError(f"--cfg-text {sampling.cfg_text}: needs --text-embedding FILE: expected 1 without a text")
     prepared = prepare(sources, config, model.config, origin)
@@ -67,6 +70,9 @@ def rollout_settings(sampling: Sampling, noise: dict[str, Any], model: DualTower
         value = getattr(sampling, name)
         if value is not None and value < 1:
             raise GenerateError(f"--{name} {value}: expected at least 1")
+    for name, scale in (("cfg-text", sampling.cfg_text), ("cfg-audio", sampling.cfg_audio)):
+        if not math.isfinite(scale):
+            raise GenerateError(f"--{name} {scale}: expected a finite number")
     for key in ("shift_video", "sample_shift_struct"):
         if not isinstance(noise.get(key), int | float) or not noise[key] > 0:
             raise GenerateError(f"{origin}: noise.{key} = {noise.get(key)!r}: expected a number above 0")

@@ -32,6 +32,8 @@ class Site(NamedTuple):
 
 
 class Path(Protocol):
+    """Attention of a site's queries to the keys that they may see."""
+
     def __call__(self, site: Site, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
 
 
@@ -82,6 +84,8 @@ class FullPath:
         self._local_plan = rule.plan(self.local.frames, span.frames)
 
     def __call__(self, site: Site, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self._grid.sp == 1:
+            return self._kernels.frame_causal(q, k, v, *self._plan)
         if site.stream == STRUCT_TO_VIDEO:
             # A frame has few structure tokens: bringing them to every rank is cheaper than exchanging video queries.
             keys, values = gather_frames(torch.cat((k, v)), self._grid).chunk(2)

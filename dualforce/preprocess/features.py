@@ -18,8 +18,8 @@ from dualforce.codecs.motion_landmarker import NoFaceError
 from dualforce.codecs.motion_sidecar import Motion
 from dualforce.codecs.protocols import AudioEncoder, MotionEncoder, VideoCodec
 from dualforce.preprocess.reasons import Reason, Rejected
-from dualforce.preprocess.windows import SAMPLES_PER_FRAME, Window
-from dualforce.types import FPS, FrameSpan, audio_frames_of, latent_frames, struct_pixels
+from dualforce.preprocess.windows import Window
+from dualforce.types import FPS, SAMPLES_PER_FRAME, FrameSpan, audio_frames_of, latent_frames, struct_pixels
 
 VOICED_SHARE = 0.1  # 20 dB below the loud parts of the video
 VOICED_LEAST = 1e-3  # -60 dB of full scale

@@ -7,6 +7,8 @@ from enum import StrEnum
 
 
 class Reason(StrEnum):
+    """Reason codes, as they stand in the manifest."""
+
     E_DECODE = "E_DECODE"  # not a video, damaged, or unreadable
     E_SIDECAR = "E_SIDECAR"  # the sidecar contradicts its format or the video
     E_NONFINITE = "E_NONFINITE"  # an extractor gave NaN or infinity

@@ -6,9 +6,7 @@ from dataclasses import dataclass
 
 from dualforce.codecs.media_clock import PlacedSound
 from dualforce.preprocess.reasons import Reason, Rejected
-from dualforce.types import FPS, SAMPLE_RATE
-
-SAMPLES_PER_FRAME = SAMPLE_RATE // FPS
+from dualforce.types import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME
 
 
 @dataclass(frozen=True)

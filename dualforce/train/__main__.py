@@ -6,10 +6,14 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from data_shards.schema import ShardError
 from dualforce import launch
-from dualforce.config import ConfigError, ModelConfig, RunConfig, load_run
+from dualforce.config import ConfigError, ModelConfig, RunConfig, load_run, read_json
+
+if TYPE_CHECKING:
+    from dualforce.train.loop import Job
 
 
 def main() -> None:
@@ -20,18 +24,29 @@ def main() -> None:
         if arguments.seed is not None:
             overrides.append(f"train.seed={arguments.seed}")
         run = load_run(arguments.run, overrides)
-        _check_out(arguments.out, arguments.resume)
-        _run(run, arguments.out, arguments.resume)
+        out = arguments.out or Path("runs") / arguments.run.stem
+        _check_out(out, arguments.resume)
+        job, start = _prepare(run, out, arguments.resume)
     except ValueError as error:  # ConfigError and ShardError too; every rank meets the same one
-        if launch.is_main():
-            print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _leave(error, launch.is_main())
+    from dualforce.train.loop import train
+
+    try:
+        train(job, start)
+    except ShardError as error:  # a clip's; only the ranks that share the clip meet it, and the first of them speaks
+        _leave(error, job.context.grid.sp_rank == 0)
+
+
+def _leave(error: ValueError, speak: bool) -> NoReturn:
+    if speak:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    raise SystemExit(2) from None
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dualforce.train", description="Train a dual-tower model.")
     parser.add_argument("--run", type=Path, required=True, help="run file, for example ds_configs/runs/tiny.json")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--out", type=Path, help="folder of the run; default: runs/NAME, the run file's name")
     parser.add_argument("--seed", type=int, help="same as --set train.seed=N")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the run file"
@@ -42,25 +57,38 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check_out(out: Path, resume: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out}: is a file; expected a folder for the run")
     if not resume and (out / "checkpoints").exists():
         raise ConfigError(f"{out}: holds checkpoints; add --resume to go on, or name another --out")
     if resume and not (out / "checkpoints").exists():
         raise ConfigError(f"{out}: --resume, but there is no checkpoints folder")
 
 
-def _run(run: RunConfig, out: Path, resume: bool) -> None:
-    # What needs torch, DeepSpeed or the shards comes after the run file has been checked: a typo answers at once.
+def _check_same_shards(out: Path, manifest: dict[str, Any]) -> None:
+    """A run goes on with the data it began with: weights and statistics of other extractors mean something else."""
+    saved = read_json(out / "config.json")
+    for key in ("extractors", "statistics"):
+        if saved.get(key) != manifest[key]:
+            raise ConfigError(
+                f"{out / 'config.json'}: {key} differ from those of data.shards; expected the shard set of the run"
+            )
+
+
+def _prepare(run: RunConfig, out: Path, resume: bool) -> tuple[Job, int]:
+    # What needs DeepSpeed or the shards comes after the run file has been checked: a typo answers at once.
     from data_shards.reader import ShardSet
-    from dualforce.train.loop import train
     from dualforce.train.setup import model_config, prepare_job
 
     shards = ShardSet.open(Path(run.data.shards))
     model = model_config(run, shards.manifest)
+    if resume:
+        _check_same_shards(out, shards.manifest)
     grid = launch.start(run.parallel.sequence, run.train.seed)
     job, start = prepare_job(run, model, shards, grid, out, resume)
     if grid.rank == 0:
         write_config(out, run, model, shards.manifest)
-    train(job, start)
+    return job, start
 
 
 def write_config(out: Path, run: RunConfig, model: ModelConfig, manifest: dict[str, Any]) -> None:

@@ -35,6 +35,7 @@ class SavedState:
     sequence: int
     zero_stage: int
     run: dict[str, Any]  # the run's configuration
+    engine: dict[str, Any]  # the DeepSpeed configuration with its batch keys filled in
 
 
 def save(engine: Any, run_dir: Path, state: SavedState, grid: ProcessGrid) -> None:
@@ -88,8 +89,7 @@ def read_fp32_state(run_dir: Path, step: int | None = None) -> dict[str, Tensor]
     saved = read_state(run_dir, step)
     folder, tag = run_dir / "checkpoints", _tag(saved.step)
     if saved.zero_stage == 0:
-        # No partitions to merge: the module's own state dict is whole. The file also holds DeepSpeed's bookkeeping, so
-        # weights_only refuses it unless its few plain types are allowed.
+        # No partitions to merge: the module's own state dict is whole, and DeepSpeed's converter does not read it.
         path = folder / tag / "mp_rank_00_model_states.pt"
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return {name: tensor.float() for name, tensor in content["module"].items()}
@@ -103,7 +103,8 @@ def _check_same(saved: SavedState, expected: SavedState, run_dir: Path) -> None:
         old, new = getattr(saved, name), getattr(expected, name)
         if old != new:
             raise ConfigError(f"{run_dir}: checkpoint of step {saved.step} has {name} = {old}, this run {new}")
-    for key, old, new in _differences(saved.run, expected.run, ""):
+    changes = [*_differences(saved.run, expected.run, ""), *_differences(saved.engine, expected.engine, "deepspeed")]
+    for key, old, new in changes:
         if key not in FREE_ON_RESUME:
             raise ConfigError(
                 f"{run_dir}: checkpoint of step {saved.step} has {key} = {json.dumps(old)}, this run {json.dumps(new)}"
@@ -112,7 +113,7 @@ def _check_same(saved: SavedState, expected: SavedState, run_dir: Path) -> None:
 
 FREE_ON_RESUME = frozenset(
     f"train.{name}" for name in ("stop_at", "log_every", "save_every", "validate_every", "image_every")
-) | {"data.prefetch", "data.shards", "deepspeed"}
+) | {"data.prefetch", "data.shards", "deepspeed"}  # where files lie; what is in them is compared
 
 
 def _differences(old: Any, new: Any, key: str) -> list[tuple[str, Any, Any]]:

@@ -15,6 +15,7 @@ from dualforce.config import ConfigError, RunConfig, read_json
 from megatron_ext.parallel.grid import ProcessGrid
 
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+SECTIONS = ("fp16", "bf16", "zero_optimization", "optimizer", "scheduler")
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,12 @@ def deepspeed_config(run: RunConfig, plan: BatchPlan, world: int) -> dict[str, A
     for key in BATCH_KEYS:
         if config.get(key, "auto") != "auto":
             raise ConfigError(f'{path}: {key} = {config[key]}: expected "auto", the run file sets data.clips_per_step')
+    for key in SECTIONS:
+        if not isinstance(config.get(key, {}), dict):
+            raise ConfigError(f"{path}: {key} = {config[key]!r}: expected an object")
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise ConfigError(f"{path}: zero_optimization.stage = {stage!r}: expected 0, 1, 2 or 3")
     if config.get("fp16", {}).get("enabled"):
         raise ConfigError(f"{path}: fp16.enabled = true: expected bf16 or neither (fp32)")
     if "optimizer" not in config:

@@ -51,6 +51,8 @@ def train(job: Job, start: int) -> None:
     metrics, clock = StepMetrics(job.context.grid), _Clock(job.loader)
     if start == 0:
         _validate(job, 0)
+    if start >= stop:
+        logger.info("step %d of %d: nothing left to do", start, stop)
     clock.read(1)
     with _progress(job.main) as progress:
         task = progress.add_task("training", total=run.steps, completed=start)

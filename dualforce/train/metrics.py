@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +69,14 @@ class RunLog:
         self._main = main
         if not main:
             return
-        self._path = run_dir / "metrics.jsonl"
-        if resume_step is not None and self._path.exists():
-            _drop_after(self._path, resume_step)
-        self._file = self._path.open("a", encoding="utf-8")
-        # purge_step hides what an interrupted run logged after the checkpoint it resumes from.
-        self._board = SummaryWriter(
-            str(run_dir / "tensorboard"), purge_step=None if resume_step is None else resume_step + 1
-        )
+        path = run_dir / "metrics.jsonl"
+        if resume_step is not None and path.exists():
+            _drop_after(path, resume_step)
+        # A run that begins again before its first checkpoint begins its log again; purge_step hides the same from
+        # TensorBoard, whose files are only ever added to.
+        self._file = path.open("w" if resume_step is None else "a", encoding="utf-8")
+        first = 0 if resume_step is None else resume_step + 1
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Log one record; numbers become scalars, lists of numbers one scalar an entry."""
@@ -101,9 +102,16 @@ class RunLog:
             self._board.close()
 
 
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except ValueError:  # an interrupted run may have been cut off in the middle of its last line
+        return math.inf
+
+
 def _drop_after(path: Path, step: int) -> None:
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    kept = [line for line in lines if _step_of(line) <= step]
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     temporary.replace(path)

@@ -79,7 +79,7 @@ def prepare_job(
     video = shards.manifest["extractors"]["video"]
     engine = build_engine(build, config, grid)
     stage = config.get("zero_optimization", {}).get("stage", 0)
-    blank = SavedState(0, grid.world, grid.sp, stage, run.model_dump(mode="json"))
+    blank = SavedState(0, grid.world, grid.sp, stage, run.model_dump(mode="json"), config)
     start = resume_checkpoint(engine, out, blank, grid) if resume else 0
     loader = StepLoader(
         shards.split("train"),

@@ -37,6 +37,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     for key in CONFIG_KEYS:
         if not isinstance(config.get(key), dict):
             raise WeightsError(f"{path}: key {key} is missing: expected an object")
+    for stream in ("video", "motion", "audio"):
+        extractor = config["extractors"].get(stream)
+        if not isinstance(extractor, dict) or not isinstance(extractor.get("tag"), str):
+            raise WeightsError(f"{path}: extractors.{stream} = {extractor!r}: expected an object with a tag")
     return config
 
 

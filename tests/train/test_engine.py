@@ -56,6 +56,8 @@ def test_batch_keys_and_schedule_are_filled_in(tmp_path: Path) -> None:
         ({"train_batch_size": 8, "optimizer": {}}, 'train_batch_size = 8: expected "auto"'),
         ({"fp16": {"enabled": True}, "optimizer": {}}, "fp16.enabled = true"),
         ({}, "key optimizer is missing"),
+        ({"zero_optimization": 3, "optimizer": {}}, "zero_optimization = 3: expected an object"),
+        ({"zero_optimization": {"stage": 4}, "optimizer": {}}, "zero_optimization.stage = 4: expected 0, 1, 2 or 3"),
     ],
 )
 def test_deepspeed_file_that_contradicts_the_run_is_refused(

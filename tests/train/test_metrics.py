@@ -74,11 +74,21 @@ def test_resumed_log_drops_what_came_after_the_checkpoint(tmp_path: Path) -> Non
     for step in range(1, 8):
         first.write("train", step, {"total": float(step)})
     first.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')  # killed while writing
     second = RunLog(tmp_path, True, 5)
     second.write("train", 6, {"total": 60.0})
     second.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["total"]) for line in lines] == [*((s, float(s)) for s in range(1, 6)), (6, 60.0)]
+
+
+def test_a_run_that_begins_again_begins_its_log_again(tmp_path: Path) -> None:
+    for total in (1.0, 2.0):
+        log = RunLog(tmp_path, True, None)
+        log.write("train", 1, {"total": total})
+        log.close()
+    assert [json.loads(line)["total"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [2.0]
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:

@@ -15,7 +15,14 @@ from dualforce.config import ConfigError
 from dualforce.train import checkpoint
 from dualforce.train.checkpoint import SavedState, read_state
 
-STATE = SavedState(step=5, world=2, sequence=2, zero_stage=3, run={"train": {"steps": 9, "seed": 1, "log_every": 1}})
+STATE = SavedState(
+    step=5,
+    world=2,
+    sequence=2,
+    zero_stage=3,
+    run={"train": {"steps": 9, "seed": 1, "log_every": 1}},
+    engine={"gradient_clipping": 1.0},
+)
 
 
 def write_checkpoint(run: Path, state: SavedState) -> Path:
@@ -52,6 +59,8 @@ def test_intervals_may_change_on_resume(key: str) -> None:
 def test_other_values_may_not(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"train\.seed = 1, this run 2"):
         checkpoint._check_same(STATE, replace(STATE, run={"train": {**STATE.run["train"], "seed": 2}}), tmp_path)
+    with pytest.raises(ConfigError, match=r"deepspeed\.gradient_clipping = 1\.0, this run 2\.0"):
+        checkpoint._check_same(STATE, replace(STATE, engine={"gradient_clipping": 2.0}), tmp_path)
     with pytest.raises(ConfigError, match="zero_stage = 3, this run 1"):
         checkpoint._check_same(STATE, replace(STATE, zero_stage=1), tmp_path)
 

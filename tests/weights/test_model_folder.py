@@ -166,6 +166,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "version": (_edit_json("config.json", lambda c: c.update(version=9)), r"version = 9: expected 1"),
     "section": (_edit_json("config.json", lambda c: c.pop("statistics")), r"key statistics is missing"),
     "unknown-key": (_edit_json("config.json", lambda c: c["model"].update(windw=1)), r"windw = 1; did you mean window"),
+    "no-extractor": (_edit_json("config.json", lambda c: c["extractors"].pop("audio")), r"extractors\.audio = None"),
+    "no-tag": (
+        _edit_json("config.json", lambda c: c["extractors"]["video"].pop("tag")),
+        r"extractors\.video = .* a tag",
+    ),
     "no-weights": (lambda f: (f / "model.safetensors").unlink(), r"model\.safetensors: no such file"),
     "truncated": (_truncate, r"model\.safetensors: cannot be read as safetensors"),
     "missing-key": (_edit_weights(lambda t: t.pop(HEAD)), rf"missing {HEAD}: expected the 357 keys"),
