@@ -1,4 +1,7 @@
-"""`deepspeed --module dualforce.train --run FILE --out DIR`; also `torchrun -m` and, for one process, `python -m`."""
+"""`deepspeed --module dualforce.train --run FILE --out DIR`.
+
+Also `torchrun -m dualforce.train -- --run FILE --out DIR` and, for one process, `python -m dualforce.train ...`.
+"""
 
 from __future__ import annotations
 
