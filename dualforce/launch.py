@@ -11,6 +11,7 @@ import warnings
 
 import numpy
 import torch
+import torch.distributed
 
 from megatron_ext.parallel.grid import ProcessGrid
 
@@ -45,6 +46,12 @@ def start(sequence: int, seed: int) -> ProcessGrid:
 def _worth_showing(record: logging.LogRecord) -> bool:
     # DeepSpeed's own start reads the learning rate before the first step, and warns itself about it.
     return "before it has started" not in record.getMessage()
+
+
+def finish() -> None:
+    """Leave the other ranks, after a run that came to its end."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def is_main() -> bool:

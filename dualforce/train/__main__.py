@@ -38,6 +38,7 @@ def main() -> None:
         train(job, start)
     except ShardError as error:  # a clip's; only the ranks that share the clip meet it, and the first of them speaks
         _leave(error, job.context.grid.sp_rank == 0)
+    launch.finish()
 
 
 def _leave(error: ValueError, speak: bool) -> NoReturn:

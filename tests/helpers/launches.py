@@ -46,7 +46,7 @@ class Outcome:
         return f"exit codes {self.codes}\n" + "\n".join(text[-3000:] for text in self.outputs)
 
 
-def launch_all(launches: list[Launch], timeout: float = 900) -> dict[str, Outcome]:
+def launch_all(launches: list[Launch], timeout: float = 1700) -> dict[str, Outcome]:
     """Run the launches one after the other; raises RuntimeError when the runner itself dies."""
     with tempfile.TemporaryDirectory() as folder:
         job = Path(folder) / "launches.json"

@@ -10,6 +10,9 @@ import pytest
 from helpers.fake_shards import write_fake_shards
 from helpers.launches import Launch, launch_all
 
+# One fixture runs every launch: the limit is for a machine that is several times slower.
+pytestmark = pytest.mark.timeout(1800)
+
 LAYOUTS = [f"sp{sequence}-zero{stage}" for sequence in (1, 2, 4) for stage in range(4)]
 
 

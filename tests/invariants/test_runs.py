@@ -23,6 +23,9 @@ from dualforce.weights.export import folder_config, tower_state, write_model
 from dualforce.weights.load import load_model
 from megatron_ext.kernels.kernel_set import select_kernels
 
+# One fixture runs every launch: the limit is for a machine that is several times slower.
+pytestmark = pytest.mark.timeout(1800)
+
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = ROOT / "ds_configs" / "runs"
 TINY, LITE = str(RUNS / "tiny.json"), str(RUNS / "mova-lite.json")
