@@ -9,7 +9,7 @@ usage() {
   cat <<'TEXT'
 usage: ./run.sh COMMAND [ARGUMENTS]
 
-  setup [EXTRA ...]   create .venv and install (extras: data, dev); what is installed is skipped
+  setup [EXTRA ...]   create .venv and install (extras: data, dev, fused); what is installed is skipped
   demo [OPTIONS]      build shards, train, export and generate from the bundled sample (--help for options)
   train RUN.json --out DIR [OPTIONS]    train on this machine under the deepspeed launcher
   resume RUN.json --out DIR [OPTIONS]   go on from the newest checkpoint in DIR

@@ -20,10 +20,10 @@ from dualforce.config import ConfigError, read_json
 from dualforce.generate.inputs import GenerateError, Sources
 from dualforce.generate.request import Sampling
 from dualforce.generate.request import generate as generate_video
+from dualforce.launch import keep_compiled_kernels
 from dualforce.weights.export import folder_config, tower_state, write_model
 from dualforce.weights.keys import WeightsError
 from dualforce.weights.load import load_model
-from megatron_ext.kernels.kernel_set import select_kernels
 
 # What a user can cause: each carries one line. Anything else is a defect and keeps its traceback.
 USER_ERRORS = (
@@ -85,11 +85,12 @@ def generate(
     """Generate a talking video from a model folder, a picture and a sound."""
     place = _device(device)
     kind = DTYPES[dtype] if dtype else (torch.bfloat16 if place.type == "cuda" else torch.float32)
-    kernels = select_kernels("auto", place, kind)
     sources = Sources(image, audio, motion, text_embedding, face_landmarker, seconds)
     sampling = Sampling(steps, seed, cfg_text, cfg_audio, mode, lag, horizon, window)
-    loaded = load_model(model, place, kind, kernels)
-    count = generate_video(loaded.model, loaded.config, kernels, sources, sampling, out, str(model / "config.json"))
+    keep_compiled_kernels()
+    loaded = load_model(model, place, kind)
+    origin = str(model / "config.json")
+    count = generate_video(loaded.model, loaded.config, loaded.model.kernels, sources, sampling, out, origin)
     logger.info("%d pictures written to %s", count, out)
 
 

@@ -106,6 +106,15 @@ class ModelConfig(Section):
                 raise ValueError(f"audio.heads {self.audio.heads}: expected a divisor of the attention width {inner}")
         return self
 
+    @property
+    def head_dims(self) -> dict[str, int]:
+        """Head size of every attention by what sets it; kernels support some sizes only."""
+        heard = {} if not self.audio.layers else {
+            f"audio, {name}": (self.audio.inner or tower.dim) // self.audio.heads
+            for name, tower in (("video", self.video), ("struct", self.struct))
+        }  # fmt: skip
+        return {"video": self.video.head_dim, "struct": self.struct.head_dim, **heard}
+
 
 class ModelOverrides(Section):
     """What a run changes in its preset; absent keys keep the preset's value."""
@@ -173,7 +182,11 @@ class ParallelConfig(Section):
     """How a clip is spread over ranks and memory."""
 
     sequence: int = Field(default=1, ge=1, description="ranks that share one clip")
-    checkpointing: bool = Field(default=False, description="recompute blocks in the backward pass")
+    recompute: Literal["none", "selective", "full", "offload"] = Field(
+        default="none",
+        description="layers computed again in the backward: every second, or all; offload: all, inputs in host memory",
+    )
+    graphs: bool = Field(default=True, description="layers run as CUDA graphs where there is a CUDA device")
 
 
 class TrainConfig(Section):
@@ -195,7 +208,7 @@ class RunConfig(Section):
 
     preset: Literal["tiny", "small", "mova-lite", "mova-360p"]
     deepspeed: str = Field(description="DeepSpeed file, relative to the run file")
-    kernels: Literal["auto", "reference", "fused"] = "auto"
+    kernels: Literal["auto", "reference", "fused", "flex"] = "auto"
     model: ModelOverrides = ModelOverrides()
     data: DataConfig = DataConfig()
     noise: NoiseConfig = NoiseConfig()

@@ -66,7 +66,14 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def keep_compiled_kernels() -> None:
+    """flash-attn-4 compiles for a minute or two: kept on disk, a later start takes seconds. Before its first import."""
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+
+
 def _defaults(cuda: bool) -> None:
+    if cuda:
+        keep_compiled_kernels()
     alone = "RANK" not in os.environ
     world = os.environ.setdefault("WORLD_SIZE", "1")
     os.environ.setdefault("RANK", "0")

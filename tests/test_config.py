@@ -137,10 +137,10 @@ def test_overrides(tmp_path: Path) -> None:
     run = load_run(
         path,
         ["train.steps=9", "noise.p_drop=0.25", "model.bridge_layers=[0, 2]", "model.bridge_directions=s2v",
-         "parallel.checkpointing=true", "model.window=null", "loss.lip.dim=8", "deepspeed=x=y.json"],
+         "parallel.recompute=selective", "model.window=null", "loss.lip.dim=8", "deepspeed=x=y.json"],
     )  # fmt: skip
     assert (run.train.steps, run.noise.p_drop, run.model.bridge_layers) == (9, 0.25, [0, 2])
-    assert (run.model.bridge_directions, run.parallel.checkpointing, run.model.window) == ("s2v", True, None)
+    assert (run.model.bridge_directions, run.parallel.recompute, run.model.window) == ("s2v", "selective", None)
     assert (run.loss.lip.dim, run.deepspeed) == (8, "x=y.json")
 
 

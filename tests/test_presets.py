@@ -9,9 +9,11 @@ from pydantic import ValidationError
 from torch import nn
 
 from dualforce.config import ModelOverrides, TowerConfig
+from dualforce.model.block import Block, Head
 from dualforce.model.bridge import bridge_layers
 from dualforce.model.dual_tower import DualTower
-from dualforce.model.tower import Tower
+from dualforce.model.path import Site
+from dualforce.model.tower import TowerEmbedding
 from dualforce.presets import PRESETS, build_model_config
 
 
@@ -22,9 +24,19 @@ def count(module: nn.Module) -> int:
 def parts(preset: str, struct_dim: int, audio_dim: int) -> dict[str, int]:
     with torch.device("meta"):
         model = DualTower(build_model_config(preset, struct_dim=struct_dim, audio_dim=audio_dim), kernels())
-    counts = {name: count(child) for name, child in model.named_children()}
-    named = {name: counts.pop(name) for name in ("video", "struct", "bridge")}
-    return {**named, "audio": sum(counts.values()), "total": count(model)}
+    named = by_part(model)
+    rest = sum(number for name, number in named.items() if name not in ("video", "struct", "bridge"))
+    return {**{name: named[name] for name in ("video", "struct", "bridge")}, "audio": rest, "total": count(model)}
+
+
+def by_part(model: DualTower) -> dict[str, int]:
+    """Parameters of `video`, `struct`, `bridge`, .. over all layers and outside of them."""
+    counts: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        path = name.split(".")
+        part = path[2] if path[0] == "layers" else path[1]
+        counts[part] = counts.get(part, 0) + parameter.numel()
+    return counts
 
 
 # (struct_dim, audio_dim), then the counts; the model reference rounds them to 0.1 M. `tiny` is counted and frozen.
@@ -68,14 +80,16 @@ def test_tower_has_the_size_of_published_models(
         dim=dim, heads=heads, ffn=ffn, layers=layers, in_dim=channels[0], out_dim=channels[1], patch=patch
     )
     with torch.device("meta"):
-        assert count(Tower(config, kernels(), "video")) == expected
+        blocks = layers * count(Block(config, kernels(), Site("video", 0)))
+        head = Head(dim, config.out_dim * patch**2, config.eps, kernels())
+        assert count(TowerEmbedding(config)) + blocks + count(head) == expected
 
 
 def test_full_bridge_has_the_size_of_movas() -> None:
     with torch.device("meta"):
         model = DualTower(build_model_config("mova-360p", struct_dim=70, audio_dim=1024), kernels())
-    assert count(model.bridge) == 2_659_737_600
-    to_video, to_struct = model.bridge["0"].struct_to_video, model.bridge["0"].video_to_struct
+    assert by_part(model)["bridge"] == 2_659_737_600
+    to_video, to_struct = model.layers[0].bridge.struct_to_video, model.layers[0].bridge.video_to_struct
     assert (count(to_video), count(to_struct)) == (68_191_232, 20_466_688)
 
 
@@ -118,7 +132,7 @@ def test_without_text_each_block_drops_its_cross_attention() -> None:
     dim, layers, text_dim = 128, 4, 64
     block = 4 * (dim * dim + dim) + 2 * dim + 2 * dim  # q k v o, two norms of q and k, norm3
     embedding = text_dim * dim + dim + dim * dim + dim
-    assert count(with_text.video) - count(without.video) == layers * block + embedding
+    assert by_part(with_text)["video"] - by_part(without)["video"] == layers * block + embedding
 
 
 def test_a_width_that_does_not_fit_is_an_error() -> None:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
 
 from data_shards.reader import ShardReader
 from dualforce.config import ConfigError, DataConfig
@@ -14,9 +15,12 @@ from dualforce.data.order import ClipRef, clips_of_step
 from dualforce.data.statistics import StreamStatistics
 from dualforce.types import ClipBatch
 
+ItemT = TypeVar("ItemT")
 
-class StepLoader:
-    """Iterates over optimizer steps `start_step` to `stop_step - 1`; each is one rank's list of micro-batches.
+
+class StepLoader(Generic[ItemT]):
+    """Iterates over optimizer steps `start_step` to `stop_step - 1`; each is what `finish` makes, in the background, of
+    one rank's list of micro-batches.
 
     The clips of a step are a pure function of (seed, step): ranks, micro-batches and resumption only deal them out.
     Data-parallel rank r takes the step's clips [r * per_rank, (r + 1) * per_rank), per_rank = clips_per_step / dp_size,
@@ -42,6 +46,7 @@ class StepLoader:
         micro_batch: int,
         start_step: int,
         stop_step: int,
+        finish: Callable[[list[ClipBatch]], ItemT],
     ) -> None:
         _check(reader, data, dp_rank, dp_size, micro_batch)
         self.wait_seconds = 0.0  # time the consumer waited for data, over all steps
@@ -55,21 +60,22 @@ class StepLoader:
         self._first = dp_rank * self._per_rank
         self._micro_batch = micro_batch
         self._steps = range(start_step, stop_step)
-        self._ahead: _ReadAhead | None = None
+        self._finish = finish
+        self._ahead: _ReadAhead[ItemT] | None = None
 
-    def __iter__(self) -> Iterator[list[ClipBatch]]:
+    def __iter__(self) -> Iterator[ItemT]:
         """Steps from `start_step` on; a second call ends the first iteration and starts again."""
         self.close()
-        ahead = _ReadAhead(self.step, self._steps, self._data.prefetch)
+        ahead = _ReadAhead(lambda step: self._finish(self.step(step)), self._steps, self._data.prefetch)
         self._ahead = ahead
         try:
             for _ in self._steps:
                 began = time.perf_counter()
-                batches = ahead.take()
+                item = ahead.take()
                 self.wait_seconds += time.perf_counter() - began
-                if batches is None:  # closed from outside
+                if item is None:  # closed from outside
                     return
-                yield batches
+                yield item
         finally:
             ahead.close()
 
@@ -108,22 +114,22 @@ def _check(reader: ShardReader, data: DataConfig, dp_rank: int, dp_size: int, mi
         )
 
 
-class _ReadAhead:
+class _ReadAhead(Generic[ItemT]):
     """A thread that makes the items in order and keeps at most `depth` of them waiting."""
 
-    def __init__(self, make: Callable[[int], list[ClipBatch]], steps: range, depth: int) -> None:
+    def __init__(self, make: Callable[[int], ItemT], steps: range, depth: int) -> None:
         self._make = make
         self._steps = steps
         self._depth = depth
         self._changed = threading.Condition()
-        self._ready: deque[list[ClipBatch]] = deque()
+        self._ready: deque[ItemT] = deque()
         self._fault: BaseException | None = None
         self._closed = False
         # A daemon, so that a process which ends in the middle of a run is not held up by its reader.
         self._thread = threading.Thread(target=self._work, name="dualforce-read-ahead", daemon=True)
         self._thread.start()
 
-    def take(self) -> list[ClipBatch] | None:
+    def take(self) -> ItemT | None:
         """The next item, or None once closed; raises what the thread met, after the items before it."""
         with self._changed:
             self._changed.wait_for(lambda: self._ready or self._fault or self._closed)

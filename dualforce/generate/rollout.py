@@ -105,6 +105,7 @@ class _Sampler:
         self.levels = joint_levels(settings.steps, settings.shift_video, settings.shift_struct)
         self.cache = KVCache(config.frames_per_chunk, settings.window, settings.sink)
         self.cond = _conditioning(inputs, self.branches, config.video.text_dim, self.device)
+        self._last_path: tuple[tuple[FrameSpan, tuple[int, ...]], CachedPath] | None = None
 
     @torch.inference_mode()
     def run(self) -> Iterator[FinishedChunk]:
@@ -177,9 +178,16 @@ class _Sampler:
         )
         audio = self.inputs.audio[span.start : span.stop].to(self.device)
         cond = self.cond._replace(audio=audio.expand(count, *audio.shape))
-        velocity = self.model(noised, cond, span, CachedPath(self.cache, self.kernels, span))
+        velocity = self.model(noised, cond, span, self._path(span))
         guided = combine(self.branches, velocity)
         return Velocity(guided.video[0], guided.struct[0])
+
+    def _path(self, span: FrameSpan) -> CachedPath:
+        """One path for all passes over a span against the same committed frames: kernels prepare for each new one."""
+        key = (span, tuple(self.cache.frames))
+        if self._last_path is None or self._last_path[0] != key:
+            self._last_path = (key, CachedPath(self.cache, self.kernels, span))
+        return self._last_path[1]
 
 
 def _conditioning(

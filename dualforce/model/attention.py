@@ -6,6 +6,9 @@ Weights of q, k and v (or k and v) are packed into one product; exported files c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -16,20 +19,28 @@ from megatron_ext.kernels.kernel_set import KernelSet
 
 
 class HeadNorm(nn.Module):
-    """RMSNorm with a learned weight over the full width, then heads, then rotation where positions are given."""
+    """Weight of an RMSNorm over the full width of a projection; `split_heads` applies it with the rotation."""
 
-    def __init__(self, dim: int, heads: int, eps: float, kernels: KernelSet, interleaved: bool = True) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
-        self._heads, self._eps, self._kernels, self._interleaved = heads, eps, kernels, interleaved
 
-    def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
-        """[...,D] -> [...,N,K]; with `rotary`, x is [B,F,T,D]."""
-        if rotary is None:
-            return self._kernels.rms_norm(x, self.weight, self._eps).unflatten(-1, (self._heads, -1))
-        return self._kernels.norm_rope(
-            x, self.weight, rotary.cos, rotary.sin, heads=self._heads, eps=self._eps, interleaved=self._interleaved
-        )
+
+class Heads(NamedTuple):
+    """How a projection becomes heads."""
+
+    kernels: KernelSet
+    heads: int
+    eps: float
+    interleaved: bool = True
+
+    def split(self, x: Tensor, parts: int, norms: Sequence[HeadNorm], rotary: Rotary | None) -> tuple[Tensor, ...]:
+        """x [B,F,T,parts*D] -> `parts` tensors [B,F,T,N,K]; the first len(norms) normed, and rotated given `rotary`."""
+        cos, sin = rotary or (None, None)
+        return self.kernels.split_heads(
+            x, [norm.weight for norm in norms], cos, sin,
+            parts=parts, heads=self.heads, eps=self.eps, interleaved=self.interleaved,
+        )  # fmt: skip
 
 
 class SelfAttention(nn.Module):
@@ -38,17 +49,15 @@ class SelfAttention(nn.Module):
     def __init__(self, dim: int, heads: int, eps: float, kernels: KernelSet, site: Site) -> None:
         super().__init__()
         self.qkv = XavierLinear(dim, 3 * dim)
-        self.norm_q = HeadNorm(dim, heads, eps, kernels)
-        self.norm_k = HeadNorm(dim, heads, eps, kernels)
+        self.norm_q = HeadNorm(dim)
+        self.norm_k = HeadNorm(dim)
         self.o = XavierLinear(dim, dim)
-        self._heads, self._site = heads, site
+        self._heads, self._site = Heads(kernels, heads, eps), site
 
     def forward(self, x: Tensor, rotary: Rotary, path: Path) -> Tensor:
         """x [B,F,T,D] -> [B,F,T,D]."""
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        v = v.unflatten(-1, (self._heads, -1))
-        out = path(self._site, self.norm_q(q, rotary), self.norm_k(k, rotary), v)
-        return self.o(out.flatten(-2))
+        q, k, v = self._heads.split(self.qkv(x), 3, (self.norm_q, self.norm_k), rotary)
+        return self.o(path(self._site, q, k, v).flatten(-2))
 
 
 class TextAttention(nn.Module):
@@ -58,16 +67,16 @@ class TextAttention(nn.Module):
         super().__init__()
         self.q = XavierLinear(dim, dim)
         self.kv = XavierLinear(dim, 2 * dim)
-        self.norm_q = HeadNorm(dim, heads, eps, kernels)
-        self.norm_k = HeadNorm(dim, heads, eps, kernels)
+        self.norm_q = HeadNorm(dim)
+        self.norm_k = HeadNorm(dim)
         self.o = XavierLinear(dim, dim)
-        self._heads, self._kernels = heads, kernels
+        self._heads = Heads(kernels, heads, eps)
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
         """x [B,F,T,D], text [B,E,D] -> [B,F,T,D]."""
-        k, v = self.kv(text).chunk(2, dim=-1)
-        q = self.norm_q(self.q(x)).flatten(1, 2)
-        out = self._kernels.attend(q, self.norm_k(k), v.unflatten(-1, (self._heads, -1)))
+        (q,) = self._heads.split(self.q(x), 1, (self.norm_q,), None)
+        k, v = self._heads.split(self.kv(text)[:, None], 2, (self.norm_k,), None)
+        out = self._heads.kernels.attend(q.flatten(1, 2), k[:, 0], v[:, 0])
         return self.o(out.flatten(-2)).view_as(x)
 
 
@@ -80,14 +89,13 @@ class BridgeAttention(nn.Module):
         super().__init__()
         self.q = XavierLinear(dim, dim)
         self.kv = XavierLinear(other, 2 * dim)
-        self.norm_q = HeadNorm(dim, heads, eps, kernels, interleaved=False)
-        self.norm_k = HeadNorm(dim, heads, eps, kernels, interleaved=False)
+        self.norm_q = HeadNorm(dim)
+        self.norm_k = HeadNorm(dim)
         self.o = (ZeroLinear if zero_init else XavierLinear)(dim, dim)
-        self._heads, self._site = heads, site
+        self._heads, self._site = Heads(kernels, heads, eps, interleaved=False), site
 
     def forward(self, x: Tensor, other: Tensor, x_rotary: Rotary, other_rotary: Rotary, path: Path) -> Tensor:
         """x [B,F,Tx,D], other [B,F,Ty,D'] -> [B,F,Tx,D]."""
-        k, v = self.kv(other).chunk(2, dim=-1)
-        q, k = self.norm_q(self.q(x), x_rotary), self.norm_k(k, other_rotary)
-        out = path(self._site, q, k, v.unflatten(-1, (self._heads, -1)))
-        return self.o(out.flatten(-2))
+        (q,) = self._heads.split(self.q(x), 1, (self.norm_q,), x_rotary)
+        k, v = self._heads.split(self.kv(other), 2, (self.norm_k,), other_rotary)
+        return self.o(path(self._site, q, k, v).flatten(-2))

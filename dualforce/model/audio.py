@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dualforce.config import AudioConfig
-from dualforce.model.attention import HeadNorm
+from dualforce.model.attention import HeadNorm, Heads
 from dualforce.model.layers import XavierLinear, ZeroLinear
 from dualforce.types import AUDIO_FRAMES, FrameSpan, struct_pixels
 from megatron_ext.kernels.kernel_set import KernelSet
@@ -41,20 +41,22 @@ class AudioAttention(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=eps)
         self.q = XavierLinear(dim, inner)
         self.kv = XavierLinear(config.width, 2 * inner)
-        self.norm_q = HeadNorm(inner, config.heads, eps, kernels)
-        self.norm_k = HeadNorm(inner, config.heads, eps, kernels)
+        self.norm_q = HeadNorm(inner)
+        self.norm_k = HeadNorm(inner)
         self.o = ZeroLinear(inner, dim)
-        self._heads, self._kernels = config.heads, kernels
+        self._heads = Heads(kernels, config.heads, eps)
 
     def forward(self, x: Tensor, audio: Tensor, slots: Tensor) -> Tensor:
         """x [B,F,G*M,D] as G groups of M tokens, audio [B,F,A+2c,W], slots [F,G,S]: group g of frame f sees the audio
         frames slots[f,g] of its window. Returns x + attention."""
         frame = torch.arange(slots.shape[0], device=x.device)[:, None, None]
-        k, v = self.kv(audio).chunk(2, dim=-1)
-        k, v = self.norm_k(k), v.unflatten(-1, (self._heads, -1))
+        k, v = self._heads.split(self.kv(audio), 2, (self.norm_k,), None)
         k, v = (t[:, frame, slots].flatten(0, 2) for t in (k, v))  # [B*F*G,S,N,K]
-        q = self.norm_q(self.q(self.norm(x))).unflatten(2, (slots.shape[1], -1)).flatten(0, 2)
-        return x + self.o(self._kernels.attend(q, k, v).flatten(-2)).view_as(x)
+        kernels = self._heads.kernels
+        normed = kernels.layer_norm(x, self.norm.weight, self.norm.bias, self.norm.eps)
+        (q,) = self._heads.split(self.q(normed), 1, (self.norm_q,), None)
+        q = q.unflatten(2, (slots.shape[1], -1)).flatten(0, 2)
+        return x + self.o(kernels.attend(q, k, v).flatten(-2)).view_as(x)
 
 
 def video_slots(span: FrameSpan, context: int, device: torch.device) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dualforce.config import TowerConfig
 from dualforce.model.attention import SelfAttention, TextAttention
-from dualforce.model.layers import XavierLinear, ZeroLinear
+from dualforce.model.layers import Mlp, ZeroLinear
 from dualforce.model.path import Path, Site
 from dualforce.model.rope import Rotary
 from megatron_ext.kernels.kernel_set import KernelSet
@@ -27,9 +27,7 @@ class Block(nn.Module):
         if config.text:
             self.norm3 = nn.LayerNorm(dim, eps=eps)
             self.cross_attn = TextAttention(dim, heads, eps, kernels)
-        self.ffn = nn.Sequential(
-            XavierLinear(dim, config.ffn), nn.GELU(approximate="tanh"), XavierLinear(config.ffn, dim)
-        )
+        self.ffn = Mlp(dim, config.ffn)
         self._text, self._eps, self._kernels = config.text, eps, kernels
 
     def forward(self, x: Tensor, t_mod: Tensor, text: Tensor, rotary: Rotary, path: Path) -> Tensor:
@@ -40,9 +38,11 @@ class Block(nn.Module):
         if not self._text:
             x, u = self._kernels.adaln_residual(x, attended, gate_a, shift_f, scale_f, self._eps)
             return self._kernels.gated_residual(x, self.ffn(u), gate_f)
-        x = self._kernels.gated_residual(x, attended, gate_a)
-        x = x + self.cross_attn(self.norm3(x), text)
-        u = self._kernels.adaln(x, shift_f, scale_f, self._eps)
+        # The affine norm as a modulation that all frames share: 1 + (weight - 1), the residual in the same pass.
+        bias, weight = (row.expand_as(gate_a) for row in (self.norm3.bias, self.norm3.weight.to(gate_a.dtype) - 1))
+        x, normed = self._kernels.adaln_residual(x, attended, gate_a, bias, weight, self._eps)
+        crossed = self.cross_attn(normed, text)
+        x, u = self._kernels.adaln_residual(x, crossed, None, shift_f, scale_f, self._eps)
         return self._kernels.gated_residual(x, self.ffn(u), gate_f)
 
 

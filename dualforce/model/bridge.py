@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from dualforce.config import ConfigError, ModelConfig
@@ -58,11 +59,12 @@ class Conditioner(nn.Module):
         own, other = towers if site.stream == STRUCT_TO_VIDEO else towers[::-1]
         self.y_norm = nn.LayerNorm(other.dim, eps=own.eps)
         self.inner = BridgeAttention(own.dim, other.dim, own.heads, own.eps, kernels, site, config.bridge.zero_init)
-        self._scale = config.bridge.scale
+        self._scale, self._kernels = config.bridge.scale, kernels
 
     def forward(self, x: Tensor, other: Tensor, x_rotary: Rotary, other_rotary: Rotary, path: Path) -> Tensor:
         """x [B,F,Tx,D], other [B,F,Ty,D'] -> the updated x."""
-        return x + self._scale * self.inner(x, self.y_norm(other), x_rotary, other_rotary, path)
+        normed = self._kernels.layer_norm(other, self.y_norm.weight, self.y_norm.bias, self.y_norm.eps)
+        return torch.add(x, self.inner(x, normed, x_rotary, other_rotary, path), alpha=self._scale)
 
 
 class BridgeLayer(nn.Module):

@@ -6,6 +6,8 @@ sets its own start in `reset_parameters`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -47,6 +49,35 @@ class WideZeroLinear(ZeroLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class Mlp(nn.Sequential):
+    """W2 gelu(W1 x + b1) + b2, tanh form. The backward computes the activation again from W1 x + b1: one elementwise
+    pass instead of the largest tensor of a block."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__(XavierLinear(dim, hidden), nn.GELU(approximate="tanh"), XavierLinear(hidden, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[...,D] -> [...,D]."""
+        first, _, second = self
+        out: Tensor = _GeluLinear.apply(first(x), second.weight, second.bias)
+        return out
+
+
+class _GeluLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        return functional.linear(functional.gelu(hidden, approximate="tanh"), weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        hidden, weight = ctx.saved_tensors
+        rows = grad.flatten(0, -2)
+        by_weight = rows.t() @ functional.gelu(hidden, approximate="tanh").flatten(0, -2)
+        by_hidden = torch.ops.aten.gelu_backward(grad @ weight, hidden, approximate="tanh")
+        return by_hidden, by_weight, rows.sum(0)
 
 
 def sinusoid(sigma: Tensor, dim: int) -> Tensor:

@@ -6,7 +6,8 @@ q [B,F,Tq,N,K], k and v [B,F,Tk,N,K], rotated, and returns [B,F,Tq,N,K].
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
@@ -15,13 +16,14 @@ from torch import Tensor
 
 from dualforce.model.kv_cache import KVCache
 from dualforce.types import FrameSpan, chunk_of
+from megatron_ext.kernels.attention.plan import FramePlan
 from megatron_ext.kernels.kernel_set import KernelSet
 from megatron_ext.parallel.grid import ProcessGrid
 from megatron_ext.parallel.ulysses import frames_to_heads, gather_frames, heads_to_frames, shard_frames
 
 VIDEO, STRUCT, STRUCT_TO_VIDEO, VIDEO_TO_STRUCT = "video", "struct", "struct_to_video", "video_to_struct"
 
-Ranges = list[tuple[int, int]]
+FEW_TOKENS = 16  # a frame: the cost of an exchange is its latency
 
 
 class Site(NamedTuple):
@@ -36,6 +38,10 @@ class Path(Protocol):
 
     def __call__(self, site: Site, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
 
+    def both(self, one: Callable[[], Tensor], other: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        """The results of two independent pieces of work, of which the second is small."""
+        ...
+
 
 class ChunkRule(NamedTuple):
     """Chunks [1, n, n, ...]; a query of chunk b sees the chunks b - window < c <= b and c < sink."""
@@ -44,27 +50,19 @@ class ChunkRule(NamedTuple):
     window: int | None
     sink: int
 
-    def sees(self, query: int, key: int) -> bool:
-        """Whether chunk `query` sees chunk `key`."""
-        return key <= query and (self.window is None or key > query - self.window or key < self.sink)
-
-    def plan(self, queries: Sequence[int], keys: Sequence[int]) -> tuple[Ranges, list[Ranges]]:
-        """For absolute frames `queries` and `keys`: runs of queries of one chunk, and the key ranges each run sees,
-        both as positions in the given sequences."""
-        query_chunks = [chunk_of(frame, self.frames_per_chunk) for frame in queries]
-        key_chunks = [chunk_of(frame, self.frames_per_chunk) for frame in keys]
-        runs = _runs(query_chunks)
-        visible = [_ranges([self.sees(query_chunks[start], chunk) for chunk in key_chunks]) for start, _ in runs]
-        return runs, visible
-
-
-def _runs(values: Sequence[int]) -> Ranges:
-    edges = [0, *(i for i in range(1, len(values)) if values[i] != values[i - 1]), len(values)]
-    return list(pairwise(edges))
-
-
-def _ranges(flags: Sequence[bool]) -> Ranges:
-    return [(start, stop) for start, stop in _runs([int(flag) for flag in flags]) if flags[start]]
+    def plan(self, queries: Sequence[int], keys: Sequence[int]) -> FramePlan:
+        """For absolute frames `queries` and `keys`, both in order: runs of queries of one chunk, and the keys each run
+        sees, as positions in the given sequences."""
+        query_chunks, key_chunks = ([chunk_of(frame, self.frames_per_chunk) for frame in x] for x in (queries, keys))
+        edges = [0, *(i for i in range(1, len(queries)) if query_chunks[i] != query_chunks[i - 1]), len(queries)]
+        visible = []
+        for start in edges[:-1]:
+            chunk = query_chunks[start]
+            last = bisect_right(key_chunks, chunk)
+            first = 0 if self.window is None else bisect_right(key_chunks, chunk - self.window)
+            sink = min(bisect_left(key_chunks, self.sink), last)
+            visible.append(((0, last),) if sink >= first else ((0, sink), (first, last)) if sink else ((first, last),))
+        return FramePlan(tuple(pairwise(edges)), tuple(visible))
 
 
 class FullPath:
@@ -82,20 +80,36 @@ class FullPath:
         self._kernels = kernels
         self._plan = rule.plan(span.frames, span.frames)
         self._local_plan = rule.plan(self.local.frames, span.frames)
+        self._beside: torch.cuda.Stream | None = None
 
     def __call__(self, site: Site, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self._grid.sp == 1:
-            return self._kernels.frame_causal(q, k, v, *self._plan)
+            return self._kernels.frame_causal(q, k, v, self._plan)
         if site.stream == STRUCT_TO_VIDEO:
             # A frame has few structure tokens: bringing them to every rank is cheaper than exchanging video queries.
             keys, values = gather_frames(torch.cat((k, v)), self._grid).chunk(2)
-            return self._kernels.frame_causal(q, keys, values, *self._local_plan)
-        if q.shape == k.shape:
+            return self._kernels.frame_causal(q, keys, values, self._local_plan)
+        if q.shape == k.shape and q.shape[2] <= FEW_TOKENS:
             q, k, v = frames_to_heads(torch.cat((q, k, v)), self._grid).chunk(3)
         else:
-            q = frames_to_heads(q, self._grid)
-            k, v = frames_to_heads(torch.cat((k, v)), self._grid).chunk(2)
-        return heads_to_frames(self._kernels.frame_causal(q, k, v, *self._plan), self._grid)
+            # One exchange each: what arrives is already in order, and a packed one would have to be taken apart.
+            q, k, v = (frames_to_heads(x, self._grid) for x in (q, k, v))
+        return heads_to_frames(self._kernels.frame_causal(q, k, v, self._plan), self._grid)
+
+    def both(self, one: Callable[[], Tensor], other: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        """Side by side within a CUDA graph: the second, of many short launches, then hides behind the first. Not with
+        several ranks a clip, whose exchanges have to keep one order."""
+        if self._grid.sp > 1 or not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+            return one(), other()
+        here = torch.cuda.current_stream()
+        if self._beside is None:
+            self._beside = torch.cuda.Stream()
+        self._beside.wait_stream(here)
+        with torch.cuda.stream(self._beside):
+            second = other()
+        first = one()
+        here.wait_stream(self._beside)
+        return first, second
 
     def shard(self, x: Tensor) -> Tensor:
         """This rank's frames [B,F/sp,...] of x [B,F,...]."""
@@ -120,4 +134,8 @@ class CachedPath:
 
     def __call__(self, site: Site, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self._cache.stage(site, k, v, self._span)
-        return self._kernels.frame_causal(q, keys, values, *self._plan)
+        return self._kernels.frame_causal(q, keys, values, self._plan)
+
+    def both(self, one: Callable[[], Tensor], other: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        """One after the other."""
+        return one(), other()

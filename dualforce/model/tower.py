@@ -1,4 +1,4 @@
-"""One tower: embeddings, blocks and head (model reference 2 and 3).
+"""The ends of a tower: embeddings and head (model reference 2 and 3). Its blocks are in the layers of the model.
 
 Legend: B batch, F frames, T tokens a frame, D width. Submodules carry Wan's names.
 """
@@ -11,11 +11,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from dualforce.config import TowerConfig
-from dualforce.model.block import Block, Head
 from dualforce.model.layers import EmbeddingLinear, XavierLinear, sinusoid
 from dualforce.model.modulation import time_embedding, time_projection
-from dualforce.model.path import Site
-from megatron_ext.kernels.kernel_set import KernelSet
 
 
 class TimeRows(NamedTuple):
@@ -25,10 +22,10 @@ class TimeRows(NamedTuple):
     t_mod: Tensor
 
 
-class Tower(nn.Module):
-    """The parts of a tower; `DualTower.forward` runs them, layer by layer with the bridge."""
+class TowerEmbedding(nn.Module):
+    """Tokens, noise levels and text of one tower on their way to width D."""
 
-    def __init__(self, config: TowerConfig, kernels: KernelSet, stream: str) -> None:
+    def __init__(self, config: TowerConfig) -> None:
         super().__init__()
         self.patch_embedding = XavierLinear(config.in_dim * config.patch**2, config.dim)
         if config.text:
@@ -39,8 +36,6 @@ class Tower(nn.Module):
             )
         self.time_embedding = time_embedding(config.freq_dim, config.dim)
         self.time_projection = time_projection(config.dim)
-        self.blocks = nn.ModuleList(Block(config, kernels, Site(stream, i)) for i in range(config.layers))
-        self.head = Head(config.dim, config.out_dim * config.patch**2, config.eps, kernels)
         self.config = config
 
     def embed_time(self, sigma: Tensor) -> TimeRows:

@@ -10,7 +10,7 @@ import importlib
 import json
 import os
 import random
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dualforce.config import ConfigError, read_json
+from dualforce.train.gather_unit import Slot, unpack_state
 from megatron_ext.parallel.grid import ProcessGrid
 
 POINTER = "LATEST"
@@ -36,6 +37,8 @@ class SavedState:
     zero_stage: int
     run: dict[str, Any]  # the run's configuration
     engine: dict[str, Any]  # the DeepSpeed configuration with its batch keys filled in
+    units: dict[str, dict[str, list[Slot]]]  # where each parameter lies in the flat tensors of its gather unit
+    optimizer: str  # its class
 
 
 def save(engine: Any, run_dir: Path, state: SavedState, grid: ProcessGrid) -> None:
@@ -59,9 +62,17 @@ def read_state(run_dir: Path, step: int | None = None) -> SavedState:
         raise ConfigError(f"{pointer}: no such file; expected a run with a checkpoint")
     tag = pointer.read_text(encoding="utf-8").strip() if step is None else _tag(step)
     values = read_json(folder / tag / "state.json")
+    if "units" not in values:
+        path = folder / tag / "state.json"
+        raise ConfigError(f"{path}: key units is missing: expected a checkpoint of this version, 0.1.0 exports its own")
     try:
-        return SavedState(**values)
-    except TypeError as error:
+        saved = SavedState(**values)
+        units = {
+            unit: {flat: [Slot(name, tuple(shape), at) for name, shape, at in slots] for flat, slots in of.items()}
+            for unit, of in saved.units.items()
+        }
+        return replace(saved, units=units)
+    except (TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"{folder / tag / 'state.json'}: {error}") from None
 
 
@@ -92,17 +103,22 @@ def read_fp32_state(run_dir: Path, step: int | None = None) -> dict[str, Tensor]
         # No partitions to merge: the module's own state dict is whole, and DeepSpeed's converter does not read it.
         path = folder / tag / "mp_rank_00_model_states.pt"
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return {name: tensor.float() for name, tensor in content["module"].items()}
+        return unpack_state({name: tensor.float() for name, tensor in content["module"].items()}, saved.units)
     zero_to_fp32 = importlib.import_module("deepspeed.utils.zero_to_fp32")
     state: dict[str, Tensor] = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=tag)
-    return state
+    return unpack_state(state, saved.units)
 
 
 def _check_same(saved: SavedState, expected: SavedState, run_dir: Path) -> None:
-    for name in ("world", "sequence", "zero_stage"):
+    for name in ("world", "sequence", "zero_stage", "optimizer"):
         old, new = getattr(saved, name), getattr(expected, name)
         if old != new:
             raise ConfigError(f"{run_dir}: checkpoint of step {saved.step} has {name} = {old}, this run {new}")
+    if saved.units != expected.units:
+        unit = next(u for u in {**saved.units, **expected.units} if saved.units.get(u) != expected.units.get(u))
+        raise ConfigError(
+            f"{run_dir}: checkpoint of step {saved.step} has other parameters in {unit} than this version of the model"
+        )
     changes = [*_differences(saved.run, expected.run, ""), *_differences(saved.engine, expected.engine, "deepspeed")]
     for key, old, new in changes:
         if key not in FREE_ON_RESUME:
@@ -113,7 +129,10 @@ def _check_same(saved: SavedState, expected: SavedState, run_dir: Path) -> None:
 
 FREE_ON_RESUME = frozenset(
     f"train.{name}" for name in ("stop_at", "log_every", "save_every", "validate_every", "image_every")
-) | {"data.prefetch", "data.shards", "deepspeed"}  # where files lie; what is in them is compared
+) | {
+    "data.prefetch", "parallel.recompute", "parallel.graphs",
+    "data.shards", "deepspeed",  # where files lie; what is in them is compared
+}  # fmt: skip
 
 
 def _differences(old: Any, new: Any, key: str) -> list[tuple[str, Any, Any]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import itertools
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,16 @@ import torch
 from torch import nn
 
 from dualforce.config import ConfigError, RunConfig, read_json
+from dualforce.model.embedding import Embedding, Heads
+from dualforce.model.layer import DualLayer
+from dualforce.model.placement import Place
+from dualforce.train.gather_unit import FLAT, GatherUnit, is_matrix
+from dualforce.train.graphed import GraphPool
+from dualforce.train.recompute import Recompute
+from megatron_ext.kernels.apex import fused_adam
 from megatron_ext.parallel.grid import ProcessGrid
+
+logger = logging.getLogger(__name__)
 
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 SECTIONS = ("fp16", "bf16", "zero_optimization", "optimizer", "scheduler")
@@ -71,15 +82,56 @@ def compute_dtype(config: Mapping[str, Any]) -> torch.dtype:
     return torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
 
 
-def build_engine(build: Callable[[], nn.Module], config: dict[str, Any], grid: ProcessGrid) -> Any:
-    """Construct the module (partitioned from the start under ZeRO-3) and wrap it in a DeepSpeed engine."""
+def build_engine(
+    build: Callable[[Place], nn.Module],
+    config: dict[str, Any],
+    grid: ProcessGrid,
+    recompute: Recompute = "none",
+    graphs: bool = False,
+) -> Any:
+    """Construct the module in gather units, each partitioned as soon as it is there under ZeRO-3 (so that no rank ever
+    holds the whole model), and wrap it in a DeepSpeed engine."""
     deepspeed = importlib.import_module("deepspeed")
-    stage = config.get("zero_optimization", {}).get("stage", 0)
-    with deepspeed.zero.Init(config_dict_or_path=config, enabled=stage == 3, dtype=compute_dtype(config)):
-        module = build()
-    module = module.to(device=grid.device, dtype=compute_dtype(config)) if stage < 3 else module
-    engine, _, _, _ = deepspeed.initialize(model=module, model_parameters=parameter_groups(module), config=config)
-    return engine
+    dtype, stage = compute_dtype(config), config.get("zero_optimization", {}).get("stage", 0)
+
+    layers = itertools.count()
+    pool = GraphPool() if graphs and grid.device.type == "cuda" else None
+
+    def place(make: Callable[[], nn.Module]) -> nn.Module:
+        with torch.device(grid.device):
+            module = make().to(dtype)
+        # Embeddings and heads are small: what is computed again are layers.
+        keep = not isinstance(module, DualLayer) or (recompute == "selective" and next(layers) % 2 == 1)
+        capture = pool if isinstance(module, (Embedding, DualLayer, Heads)) else None
+        unit = GatherUnit(module, "none" if keep else recompute, partitioned=stage == 3, graphs=capture)
+        if stage == 3:
+            deepspeed.zero.Init(module=unit, config_dict_or_path=config, dtype=dtype)
+        return unit
+
+    module = build(place)
+    groups = parameter_groups(module)
+    optimizer = apex_adam(groups, config) if grid.device.type == "cuda" else None
+    if optimizer is not None:
+        config = {key: value for key, value in config.items() if key != "optimizer"}
+    return deepspeed.initialize(model=module, model_parameters=groups, optimizer=optimizer, config=config)[0]
+
+
+def apex_adam(groups: list[dict[str, Any]], config: Mapping[str, Any]) -> Any:
+    """NVIDIA apex's FusedAdam for the configured AdamW; None where apex is not installed, another optimizer is wanted,
+    or its states are in host memory, where apex has none."""
+    made, section = fused_adam(), config["optimizer"]
+    offload = config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    if made is None or section.get("type") != "AdamW" or offload != "none":
+        return None
+    logger.info("optimizer: NVIDIA apex's FusedAdam for AdamW")
+    known = {key: value for key, value in section.get("params", {}).items() if key not in ("torch_adam", "fused")}
+    return made(groups, adam_w_mode=True, **known)
+
+
+def optimizer_name(engine: Any) -> str:
+    """Class of the optimizer that holds the moments: those of one class mean nothing to another."""
+    kind = type(engine.basic_optimizer)
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
@@ -87,7 +139,7 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
-        shape = getattr(parameter, "ds_shape", parameter.shape)  # the shape before ZeRO-3 partitioned it
-        matrix = len(shape) >= 2 and not name.endswith("modulation")
+        flat = name.rpartition(".")[2]
+        matrix = flat == "matrices" if flat in FLAT else is_matrix(name, tuple(parameter.shape))
         (decayed if matrix else plain).append(parameter)
     return [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]

@@ -19,7 +19,7 @@ from dualforce.codecs.registry import video_codec
 from dualforce.data.loader import StepLoader
 from dualforce.train.checkpoint import SavedState, save
 from dualforce.train.metrics import RunLog, StepMetrics
-from dualforce.train.step import StepContext, train_step
+from dualforce.train.step import PreparedStep, StepContext, train_step
 from dualforce.train.validate import HeldOut, sample_frames, validate
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class Job:
 
     engine: Any
     context: StepContext
-    loader: StepLoader
+    loader: StepLoader[PreparedStep]
     held_out: HeldOut | None
     log: RunLog
     run_dir: Path
@@ -57,8 +57,8 @@ def train(job: Job, start: int) -> None:
     with _progress(job.main) as progress:
         task = progress.add_task("training", total=run.steps, completed=start)
         logged = start
-        for done, batches in enumerate(job.loader, start=start + 1):
-            norm = train_step(job.engine, batches, job.context, done - 1, metrics.add)
+        for done, prepared in enumerate(job.loader, start=start + 1):
+            norm = train_step(job.engine, prepared, job.context, done - 1, metrics.add)
             progress.update(task, completed=done)
             last = done == stop
             if done % run.log_every == 0 or last:
@@ -77,7 +77,7 @@ def train(job: Job, start: int) -> None:
 class _Clock:
     """Seconds and data wait per step since the last reading; validation, pictures and saving are not counted."""
 
-    def __init__(self, loader: StepLoader) -> None:
+    def __init__(self, loader: StepLoader[PreparedStep]) -> None:
         self._loader, self._began, self._wait = loader, time.perf_counter(), 0.0
 
     @contextmanager

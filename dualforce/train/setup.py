@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ from dualforce.data.loader import StepLoader
 from dualforce.data.statistics import StreamStatistics
 from dualforce.model.bridge import bridge_layers
 from dualforce.model.path import ChunkRule
+from dualforce.model.placement import Place
 from dualforce.presets import build_model_config
 from dualforce.train.checkpoint import SavedState
 from dualforce.train.checkpoint import resume as resume_checkpoint
-from dualforce.train.engine import build_engine, compute_dtype, deepspeed_config, plan_batch
+from dualforce.train.engine import build_engine, compute_dtype, deepspeed_config, optimizer_name, plan_batch
+from dualforce.train.gather_unit import layouts_of
 from dualforce.train.loop import Job
 from dualforce.train.metrics import RunLog
-from dualforce.train.step import StepContext
+from dualforce.train.step import StepContext, prepare_step
 from dualforce.train.train_module import TrainModule
 from dualforce.train.validate import HeldOut
 from dualforce.types import STRUCT_TOKENS
@@ -69,18 +72,22 @@ def prepare_job(
     """Build the engine, restore it when resuming, and open the data where it goes on; returns (job, steps done)."""
     plan = plan_batch(run.data.clips_per_step, grid.dp, run.data.max_micro_batch)
     config = deepspeed_config(run, plan, grid.world)
-    kernels = select_kernels(run.kernels, grid.device, compute_dtype(config))
+    kernels = select_kernels(run.kernels, grid.device, compute_dtype(config), model.head_dims)
     flame = shards.manifest["extractors"].get("flame")
 
-    def build() -> TrainModule:
-        return TrainModule(model, run.loss, kernels, flame and flame["width"], run.parallel.checkpointing)
+    def build(place: Place) -> TrainModule:
+        return TrainModule(model, run.loss, kernels, flame and flame["width"], place)
 
     statistics = StreamStatistics.from_manifest(shards.manifest)
     video = shards.manifest["extractors"]["video"]
-    engine = build_engine(build, config, grid)
+    engine = build_engine(build, config, grid, run.parallel.recompute, run.parallel.graphs)
     stage = config.get("zero_optimization", {}).get("stage", 0)
-    blank = SavedState(0, grid.world, grid.sp, stage, run.model_dump(mode="json"), config)
+    blank = SavedState(
+        0, grid.world, grid.sp, stage, run.model_dump(mode="json"), config, layouts_of(engine.module),
+        optimizer_name(engine),
+    )
     start = resume_checkpoint(engine, out, blank, grid) if resume else 0
+    context = StepContext(run, grid, kernels, ChunkRule(model.frames_per_chunk, model.window, model.sink))
     loader = StepLoader(
         shards.split("train"),
         statistics,
@@ -93,11 +100,12 @@ def prepare_job(
         micro_batch=plan.micro_batch,
         start_step=start,
         stop_step=min(run.train.steps, run.train.stop_at or run.train.steps),
+        finish=partial(prepare_step, context=context),
     )
     out.mkdir(parents=True, exist_ok=True)
     job = Job(
         engine=engine,
-        context=StepContext(run, grid, kernels, ChunkRule(model.frames_per_chunk, model.window, model.sink)),
+        context=context,
         loader=loader,
         held_out=_held_out(shards, statistics, model),
         log=RunLog(out, grid.rank == 0, start if resume else None),

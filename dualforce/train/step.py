@@ -6,7 +6,7 @@ Legend: B batch, F frames of the clip, _loc this rank's frames.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,10 +33,13 @@ class StepContext:
     grid: ProcessGrid
     kernels: KernelSet
     rule: ChunkRule
+    _paths: dict[int, FullPath] = field(default_factory=dict, repr=False, compare=False)
 
     def path(self, frames: int) -> FullPath:
-        """Attention over clips of `frames` (padded) latent frames."""
-        return FullPath(self.rule, self.kernels, FrameSpan(0, frames), self.grid)
+        """Attention over clips of `frames` (padded) latent frames; one object a length, as kernels prepare for each."""
+        if frames not in self._paths:
+            self._paths[frames] = FullPath(self.rule, self.kernels, FrameSpan(0, frames), self.grid)
+        return self._paths[frames]
 
 
 def prepare(batch: ClipBatch, drawn: Draw, context: StepContext) -> tuple[StepInput, LossCounts]:
@@ -68,18 +71,37 @@ def prepare(batch: ClipBatch, drawn: Draw, context: StepContext) -> tuple[StepIn
     return local, counts
 
 
-def with_counts(inputs: list[tuple[StepInput, LossCounts]], grid: ProcessGrid) -> list[StepInput]:
+PreparedStep = list[tuple[StepInput, LossCounts]]
+
+
+def prepare_step(batches: list[ClipBatch], context: StepContext) -> PreparedStep:
+    """Draw the noise of a rank's micro-batches and prepare them, in page-locked memory where the device is a GPU: work
+    for the thread that reads ahead."""
+    seed, chunk = context.run.train.seed, context.rule.frames_per_chunk
+    prepared = [prepare(batch, draw(batch, context.run.noise, seed, chunk), context) for batch in batches]
+    return [(_mapped(inputs, _page_locked), counts) for inputs, counts in prepared] if _on_gpu(context) else prepared
+
+
+def _on_gpu(context: StepContext) -> bool:
+    return context.grid.device.type == "cuda"
+
+
+def with_counts(inputs: PreparedStep, grid: ProcessGrid) -> list[StepInput]:
     """Move the micro-batches of a step to the device and give each the counts of the whole step."""
     counts = stack_counts([count for _, count in inputs]).to(grid.device, non_blocking=True)
     if grid.world > 1:
         dist.all_reduce(counts, group=grid.world_group)
     total = LossCounts(*counts.float().unbind())
-    return [_to_device(batch, grid.device)._replace(counts=total) for batch, _ in inputs]
+
+    def moved(x: Tensor) -> Tensor:
+        return x.to(grid.device, non_blocking=True)
+
+    return [_mapped(batch, moved)._replace(counts=total) for batch, _ in inputs]
 
 
 def train_step(
     engine: Any,
-    batches: list[ClipBatch],
+    prepared: PreparedStep,
     context: StepContext,
     step: int,
     record: Callable[[StepInput, StepOutput], None],
@@ -88,9 +110,7 @@ def train_step(
 
     Returns the global gradient norm before clipping, as a number or a tensor on the device.
     """
-    seed, chunk = context.run.train.seed, context.rule.frames_per_chunk
-    drawn = [prepare(batch, draw(batch, context.run.noise, seed, chunk), context) for batch in batches]
-    for inputs in with_counts(drawn, context.grid):
+    for inputs in with_counts(prepared, context.grid):
         path = context.path(inputs.target.video.shape[1] * context.grid.sp)
         output = engine(inputs, path, step, context.grid.world)
         # A tensor of its own: DeepSpeed 0.19.8 would take the output itself for one of a backward pass that it does not
@@ -110,12 +130,15 @@ def _plain_norm(engine: Any) -> Tensor | None:
     return torch.nn.utils.get_total_norm(gradients)
 
 
-def _to_device(value: Any, device: torch.device) -> Any:
-    """NamedTuples of tensors, moved; page-locked first where that makes the copy asynchronous."""
+def _page_locked(x: Tensor) -> Tensor:
+    return x.contiguous().pin_memory()
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """NamedTuples of tensors with every tensor changed."""
     if isinstance(value, Tensor):
-        staged = value.contiguous().pin_memory() if device.type == "cuda" else value
-        return staged.to(device, non_blocking=True)
+        return change(value)
     if isinstance(value, tuple):
-        moved = [_to_device(item, device) for item in value]
-        return type(value)(*moved) if hasattr(value, "_fields") else tuple(moved)
+        items = [_mapped(item, change) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     return value

@@ -17,6 +17,7 @@ from dualforce.losses.lip_sync import LipSyncHead
 from dualforce.losses.total import LossCounts, LossMasks, LossSums, total_loss
 from dualforce.model.dual_tower import DualTower
 from dualforce.model.path import FullPath
+from dualforce.model.placement import Place, in_place
 from dualforce.types import Conditioning, LossTerms, Noised, Velocity
 from megatron_ext.kernels.kernel_set import KernelSet
 
@@ -46,15 +47,15 @@ class TrainModule(nn.Module):
     """DualTower and loss heads. A head exists when its loss has a weight (and, for FLAME, the shards have FLAME)."""
 
     def __init__(
-        self, config: ModelConfig, loss: LossConfig, kernels: KernelSet, flame_dim: int | None, checkpointing: bool
+        self, config: ModelConfig, loss: LossConfig, kernels: KernelSet, flame_dim: int | None, place: Place = in_place
     ) -> None:
         super().__init__()
-        self.model = DualTower(config, kernels, checkpointing)
+        self.model = DualTower(config, kernels, place)
         self.heads = nn.ModuleDict()
         if loss.flame > 0 and flame_dim is not None:
-            self.heads["flame"] = FlameHead(config.struct.out_dim, flame_dim)
+            self.heads["flame"] = place(lambda: FlameHead(config.struct.out_dim, flame_dim))
         if loss.lip_sync > 0:
-            self.heads["lip_sync"] = LipSyncHead(config.video.out_dim, config.audio.dim, loss.lip)
+            self.heads["lip_sync"] = place(lambda: LipSyncHead(config.video.out_dim, config.audio.dim, loss.lip))
         self._loss = loss
 
     def forward(self, inputs: StepInput, path: FullPath, step: int, world: int) -> StepOutput:

@@ -55,8 +55,8 @@ class Rule(NamedTuple):
 def key_table(config: ModelConfig) -> list[Rule]:
     """One rule for every parameter of the model, in the order of the files."""
     return [
-        *_tower("video.", "video_dit.", config.video, (1, config.video.patch, config.video.patch)),
-        *_tower("struct.", "struct_dit.", config.struct, (1,)),
+        *_tower("video", "video_dit.", config.video, (1, config.video.patch, config.video.patch)),
+        *_tower("struct", "struct_dit.", config.struct, (1,)),
         *_bridge(config),
         *_audio(config),
         *_dual_sigma(),
@@ -98,20 +98,18 @@ def _layer(inner: str, *public: str, bias: bool = True) -> Iterator[Rule]:
         yield Rule(f"{inner}.{kind}", tuple(f"{name}.{kind}" for name in public))
 
 
-def _tower(inner: str, public: str, config: TowerConfig, kernel: Shape) -> Iterator[Rule]:
-    def same(name: str) -> Iterator[Rule]:
-        return _layer(inner + name, public + name)
-
+def _tower(stream: str, public: str, config: TowerConfig, kernel: Shape) -> Iterator[Rule]:
+    inner = f"embedding.{stream}."
     patch = "patch_embedding.weight"
     yield Rule(inner + patch, (public + patch,), (config.dim, config.in_dim, *kernel))
     yield Rule(f"{inner}patch_embedding.bias", (f"{public}patch_embedding.bias",))
     text = ("text_embedding.0", "text_embedding.2") if config.text else ()
     for name in (*text, "time_embedding.0", "time_embedding.2", "time_projection.1"):
-        yield from same(name)
+        yield from _layer(inner + name, public + name)
     for i in range(config.layers):
-        yield from _block(f"{inner}blocks.{i}.", f"{public}blocks.{i}.", config.text)
-    yield from same("head.head")
-    yield Rule(f"{inner}head.modulation", (f"{public}head.modulation",))
+        yield from _block(f"layers.{i}.{stream}.", f"{public}blocks.{i}.", config.text)
+    yield from _layer(f"ends.{stream}.head", f"{public}head.head")
+    yield Rule(f"ends.{stream}.modulation", (f"{public}head.modulation",))
 
 
 def _block(inner: str, public: str, text: bool) -> Iterator[Rule]:
@@ -141,18 +139,18 @@ def _bridge(config: ModelConfig) -> Iterator[Rule]:
     }
     for direction in directions.get(config.bridge.directions, ()):
         for i in bridge_layers(config):
-            inner, public = f"bridge.{i}.{direction}.", f"dual_tower_bridge.{direction}_conditioners.{i}."
+            inner, public = f"layers.{i}.bridge.{direction}.", f"dual_tower_bridge.{direction}_conditioners.{i}."
             yield from _layer(f"{inner}y_norm", f"{public}y_norm")
             yield from _attention(f"{inner}inner.", f"{public}inner.", ("q", "kv"))
 
 
 def _audio(config: ModelConfig) -> Iterator[Rule]:
-    yield Rule("audio_projector.null", ("audio.projector.null",))
+    yield Rule("embedding.audio_projector.null", ("audio.projector.null",))
     for name in ("norm", "mlp.0", "mlp.2"):
-        yield from _layer(f"audio_projector.{name}", f"audio.projector.{name}")
+        yield from _layer(f"embedding.audio_projector.{name}", f"audio.projector.{name}")
     for stream in ("video", "struct"):
         for i in range(config.audio.layers):
-            inner, public = f"audio_{stream}.{i}.", f"audio.{stream}.{i}."
+            inner, public = f"layers.{i}.audio_{stream}.", f"audio.{stream}.{i}."
             yield from _layer(f"{inner}norm", f"{public}norm")
             yield from _attention(inner, public, ("q", "kv"))
 
@@ -160,4 +158,4 @@ def _audio(config: ModelConfig) -> Iterator[Rule]:
 def _dual_sigma() -> Iterator[Rule]:
     for stream in ("video", "struct"):
         for name in ("hidden", "out"):
-            yield from _layer(f"dual_sigma_{stream}.{name}", f"dual_sigma.{stream}.{name}")
+            yield from _layer(f"embedding.dual_sigma_{stream}.{name}", f"dual_sigma.{stream}.{name}")

@@ -53,7 +53,7 @@ def load_model(
     """
     config = read_config(folder)
     model_config = validate(ModelConfig, config["model"], f"{folder / CONFIG_FILE}: model")
-    chosen = select_kernels(kernels, device, dtype) if isinstance(kernels, str) else kernels
+    chosen = select_kernels(kernels, device, dtype, model_config.head_dims) if isinstance(kernels, str) else kernels
     with torch.device("meta"):
         model = DualTower(model_config, chosen)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

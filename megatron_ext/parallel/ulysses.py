@@ -38,6 +38,10 @@ def shard_frames(x: Tensor, grid: ProcessGrid) -> Tensor:
     return x[:, grid.sp_rank * size : (grid.sp_rank + 1) * size]
 
 
+# For one clip the frame blocks of all ranks, received one after the other, already are the frames in order: then the
+# only copy is the one that brings the slices of each rank together, and nothing is kept twice.
+
+
 def _split_heads(x: Tensor, grid: ProcessGrid) -> Tensor:
     """The all-to-all of `frames_to_heads`, without gradient."""
     batch, frames, tokens, heads, size = x.shape

@@ -39,6 +39,7 @@ def loader(shards: ShardSet, reader: ShardReader | None = None, **changes: Any) 
         DataConfig(**data),
         context=2,
         text_dim=4,
+        finish=lambda batches: batches,
         **options,
     )
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from helpers.units import pack_state
 from torch import Tensor, nn
 
 from data_shards.reader import ShardSet
@@ -21,14 +23,17 @@ from dualforce.config import ModelOverrides, RunConfig, validate
 from dualforce.data.loader import StepLoader
 from dualforce.data.statistics import StreamStatistics
 from dualforce.model.path import ChunkRule
+from dualforce.model.placement import Place, in_place
 from dualforce.presets import PRESETS, Preset, build_model_config
 from dualforce.train.engine import build_engine, parameter_groups, plan_batch
-from dualforce.train.step import StepContext, train_step
+from dualforce.train.gather_unit import layouts_of, unpack_state
+from dualforce.train.step import StepContext, prepare_step, train_step
 from dualforce.train.train_module import StepInput, StepOutput, TrainModule
 from megatron_ext.kernels.kernel_set import select_kernels
 from megatron_ext.parallel.grid import ProcessGrid
 
 STEPS = 5
+RECOMPUTE = ("full", "none", "selective", "offload")  # by ZeRO stage, where a clip is split
 LEARNING_RATE, CLIP = 1e-3, 0.5
 KERNELS = select_kernels("reference", torch.device("cpu"), torch.float32)
 # Narrow, but with every part: two layers, bridge both ways, audio, text, and heads that four ranks divide.
@@ -81,14 +86,14 @@ class PlainEngine:
         return False
 
 
-def run_config(shards: str, sequence: int, checkpointing: bool) -> RunConfig:
+def run_config(shards: str, sequence: int, recompute: str) -> RunConfig:
     """Eight clips a step, one a micro-batch, so that every layout accumulates; 7 frames divide by neither 2 nor 4."""
     values = {
         "preset": "tiny",
         "deepspeed": "unused",
         "data": {"shards": shards, "frames": 7, "clips_per_step": 8, "max_micro_batch": 1},
         "loss": {"flame_steps": 20},
-        "parallel": {"sequence": sequence, "checkpointing": checkpointing},
+        "parallel": {"sequence": sequence, "recompute": recompute},
         "train": {"steps": STEPS, "seed": 3},
     }
     return validate(RunConfig, values, "test")
@@ -108,7 +113,9 @@ def engine_config(stage: int, accumulation: int, world: int) -> dict[str, Any]:
     }
 
 
-def module_for(run: RunConfig, shards: ShardSet, start: dict[str, Tensor] | None) -> TrainModule:
+def module_for(
+    run: RunConfig, shards: ShardSet, start: dict[str, Tensor] | None, place: Place = in_place
+) -> TrainModule:
     """The model with random values everywhere (zero-initialised leaves would hide errors), or the values `start`."""
     extractors = shards.manifest["extractors"]
     config = build_model_config(
@@ -118,12 +125,13 @@ def module_for(run: RunConfig, shards: ShardSet, start: dict[str, Tensor] | None
         overrides=ModelOverrides(),
     )
     torch.manual_seed(0)
-    module = TrainModule(config, run.loss, KERNELS, extractors["flame"]["width"], run.parallel.checkpointing)
+    module = TrainModule(config, run.loss, KERNELS, extractors["flame"]["width"], place)
+    flat = start and pack_state(start, layouts_of(module))
     source = torch.Generator().manual_seed(1)
     for name, parameter in module.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-            if start is not None:
-                parameter.data.copy_(start[name])
+            if flat is not None:
+                parameter.data.copy_(flat[name])
             else:
                 noise = torch.randn(parameter.shape, generator=source) * 0.2
                 parameter.data.add_(noise) if not name.endswith("log_tau") else None
@@ -133,14 +141,14 @@ def module_for(run: RunConfig, shards: ShardSet, start: dict[str, Tensor] | None
 def train(engine: Any, run: RunConfig, shards: ShardSet, grid: ProcessGrid) -> Measured:
     plan = plan_batch(run.data.clips_per_step, grid.dp, run.data.max_micro_batch)
     config = (engine.module if hasattr(engine, "module") else engine).model.config
+    context = StepContext(run, grid, KERNELS, ChunkRule(config.frames_per_chunk, config.window, config.sink))
     loader = StepLoader(
         shards.split("train"), StreamStatistics.from_manifest(shards.manifest), run.data, context=config.audio.context,
         text_dim=config.video.text_dim, seed=run.train.seed, dp_rank=grid.dp_rank, dp_size=grid.dp,
-        micro_batch=plan.micro_batch, start_step=0, stop_step=STEPS,
+        micro_batch=plan.micro_batch, start_step=0, stop_step=STEPS, finish=partial(prepare_step, context=context),
     )  # fmt: skip
-    context = StepContext(run, grid, KERNELS, ChunkRule(config.frames_per_chunk, config.window, config.sink))
     measured = Measured()
-    for step, batches in enumerate(loader):
+    for step, prepared in enumerate(loader):
         shares = torch.zeros(1, dtype=torch.float64)
 
         def record(_: StepInput, output: StepOutput, shares: Tensor = shares, step: int = step) -> None:
@@ -149,7 +157,7 @@ def train(engine: Any, run: RunConfig, shards: ShardSet, grid: ProcessGrid) -> M
                 for name, parameter in engine.module.named_parameters():
                     measured.gradients[name] = deepspeed.utils.safe_get_full_grad(parameter).clone()
 
-        norm = train_step(engine, batches, context, step, record)
+        norm = train_step(engine, prepared, context, step, record)
         if grid.world > 1:
             dist.all_reduce(shares)
         measured.losses.append(shares.item())
@@ -157,6 +165,10 @@ def train(engine: Any, run: RunConfig, shards: ShardSet, grid: ProcessGrid) -> M
     for name, parameter in engine.module.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter]):
             measured.weights[name] = parameter.detach().clone()
+    layouts = layouts_of(engine.module)
+    if layouts:
+        measured.gradients = unpack_state(measured.gradients, layouts)
+        measured.weights = unpack_state(measured.weights, layouts)
     return measured
 
 
@@ -192,7 +204,7 @@ def main() -> None:
     shards, out = ShardSet.open(Path(sys.argv[1])), Path(sys.argv[2])
     launch.start(1, seed=0)
     rank = dist.get_rank()
-    run = run_config(sys.argv[1], 1, False)
+    run = run_config(sys.argv[1], 1, "none")
     module = module_for(run, shards, None)
     start = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     reference = train(PlainEngine(module, 8), run, shards, ProcessGrid.single())
@@ -201,10 +213,12 @@ def main() -> None:
     for sequence in (1, 2, 4):
         grid = ProcessGrid.build(sequence, torch.device("cpu"))
         for stage in (0, 1, 2, 3):
-            run = run_config(sys.argv[1], sequence, checkpointing=stage in (0, 3) and sequence > 1)
+            run = run_config(sys.argv[1], sequence, RECOMPUTE[stage] if sequence > 1 else "none")
             plan = plan_batch(8, grid.dp, 1)
             config = engine_config(stage, plan.accumulation, grid.world)
-            engine = build_engine(lambda run=run: module_for(run, shards, start), config, grid)
+            engine = build_engine(
+                lambda place, run=run: module_for(run, shards, start, place), config, grid, run.parallel.recompute
+            )
             rows[f"sp{sequence}-zero{stage}"] = compare(train(engine, run, shards, grid), reference, norm)
             engine.destroy()
     if rank == 0:

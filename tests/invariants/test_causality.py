@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+from helpers.plans import everything
 from helpers.tiny_model import random_inputs, tiny_config, tiny_model
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from dualforce.model.dual_tower import DualTower
 from dualforce.model.path import ChunkRule, FullPath
 from dualforce.presets import PRESETS
 from dualforce.types import Conditioning, FrameSpan, Noised, Velocity, chunk_of
+from megatron_ext.kernels.attention.plan import FramePlan
 from megatron_ext.kernels.kernel_set import select_kernels
 
 KERNELS = select_kernels("reference", torch.device("cpu"), torch.float32)
@@ -26,8 +29,8 @@ DIRECTIONS = ("both", "s2v", "v2s", "none")
 class LeakyRule(ChunkRule):
     """A mask that was dropped."""
 
-    def sees(self, query: int, key: int) -> bool:
-        return True
+    def plan(self, queries: Sequence[int], keys: Sequence[int]) -> FramePlan:
+        return everything(len(queries), len(keys))
 
 
 def preset_shape(name: str) -> ModelConfig:

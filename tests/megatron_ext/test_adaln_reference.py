@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ext.kernels.adaln.reference import adaln, adaln_residual, gated_residual
+from megatron_ext.kernels.adaln.reference import adaln, adaln_residual, gated_residual, layer_norm
 
 SHAPE = (2, 3, 4, 16)  # B, F, T, D
 EPS = 1e-6
@@ -55,6 +55,45 @@ def test_against_float64(dtype: torch.dtype, tolerance: float) -> None:
     both = adaln_residual(x, y, gate, shift, scale, EPS)
     assert torch.equal(both[0], total)
     torch.testing.assert_close(both[1].double(), slow_adaln(total, shift, scale), **close)
+    plain = adaln_residual(x, y, None, shift, scale, EPS)
+    assert plain[0].dtype == plain[1].dtype == dtype
+    torch.testing.assert_close(plain[0].double(), x.double() + y.double(), **close)
+    torch.testing.assert_close(plain[1].double(), slow_adaln(plain[0], shift, scale), **close)
+    weight, bias = scale[0, 0], shift[0, 0]
+    affine = layer_norm(x, weight, bias, EPS)
+    assert affine.dtype == dtype
+    wanted = slow_adaln(x, bias.expand_as(shift), (weight.double() - 1).expand_as(scale))
+    torch.testing.assert_close(affine.double(), wanted, **close)
+
+
+@pytest.mark.parametrize("row_dtype", [torch.float32, torch.bfloat16])
+def test_rows_where_they_lie(row_dtype: torch.dtype) -> None:
+    """Views of a table and one row expanded over clips and frames are rows as any other, and so are their gradients."""
+    x, y = tensors(torch.float32, 2, 0)
+    table = torch.randn(*SHAPE[:2], 3, SHAPE[3]).to(row_dtype).requires_grad_()
+    one = torch.randn(SHAPE[3]).to(row_dtype).requires_grad_()
+    for rows, leaf in ((table.unbind(2), table), ((one.expand(*SHAPE[:2], SHAPE[3]),) * 3, one)):
+        results = []
+        for shift, scale, gate in (rows, [row.clone(memory_format=torch.contiguous_format) for row in rows]):
+            total, out = adaln_residual(x, y, gate, shift, scale, EPS)
+            assert total.dtype == out.dtype == torch.float32
+            (grad,) = torch.autograd.grad((total + out).square().sum(), leaf)
+            assert grad.dtype == row_dtype
+            results.append((total, out, grad))
+        view, copy = results
+        assert torch.equal(view[0], copy[0]) and torch.equal(view[1], copy[1])
+        # Sums over other strides may be taken in another order, and those of frames add values rounded to bf16.
+        atol = copy[2].abs().max().item() * (1e-6 if row_dtype == torch.float32 else 2**-6)
+        torch.testing.assert_close(view[2], copy[2], rtol=0, atol=atol)
+
+
+def test_layer_norm_of_any_rank() -> None:
+    x = torch.randn(5, 8, dtype=torch.bfloat16)
+    weight, bias = torch.randn(8, dtype=torch.bfloat16), torch.randn(8)
+    wanted = layer_norm(x, weight, bias, EPS)
+    assert wanted.dtype == torch.bfloat16
+    assert torch.equal(layer_norm(x[None, :, None], weight, bias, EPS)[0, :, 0], wanted)
+    assert torch.equal(layer_norm(x[2], weight, bias, EPS), wanted[2])
 
 
 def test_every_frame_has_its_own_row() -> None:
@@ -79,6 +118,9 @@ def test_gradients() -> None:
     assert torch.autograd.gradcheck(lambda *a: adaln(*a, EPS), (x, shift, scale))
     assert torch.autograd.gradcheck(gated_residual, (x, y, gate))
     assert torch.autograd.gradcheck(lambda *a: adaln_residual(*a, EPS), (x, y, gate, shift, scale))
+    assert torch.autograd.gradcheck(lambda x, y, *a: adaln_residual(x, y, None, *a, EPS), (x, y, shift, scale))
+    weight, bias = (t[0, 0].detach().requires_grad_() for t in (scale, shift))
+    assert torch.autograd.gradcheck(lambda *a: layer_norm(*a, EPS), (x, weight, bias))
 
 
 @pytest.mark.parametrize("shape", [(2, 16), (2, 1, 16), (1, 3, 16), (2, 3, 1), (2, 3, 4, 16)])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from dualforce.model.path import ChunkRule
+from megatron_ext.kernels.attention.plan import FramePlan
 from megatron_ext.kernels.attention.reference import attend, frame_causal
 
 
@@ -58,7 +61,7 @@ def test_equals_dense_softmax(frames: int, n: int, window: int | None, sink: int
     for x in (q, k, v):
         x.requires_grad_()
     everything = list(range(frames))
-    out = frame_causal(q, k, v, *ChunkRule(n, window, sink).plan(everything, everything))
+    out = frame_causal(q, k, v, ChunkRule(n, window, sink).plan(everything, everything))
     wanted = dense(q, k, v, sees(everything, everything, n, window, sink))
     torch.testing.assert_close(out, wanted, rtol=0, atol=1e-12)
     weight = torch.randn_like(out)
@@ -75,7 +78,7 @@ def test_equals_dense_softmax(frames: int, n: int, window: int | None, sink: int
 def test_narrow_types_stay_near_float64(dtype: torch.dtype, atol: float) -> None:
     q, k, v = tensors((2, 7, 6, 3, 16), (2, 7, 4, 3, 16), dtype)
     everything = list(range(7))
-    out = frame_causal(q, k, v, *ChunkRule(2, 2, 1).plan(everything, everything))
+    out = frame_causal(q, k, v, ChunkRule(2, 2, 1).plan(everything, everything))
     assert out.dtype == dtype
     torch.testing.assert_close(out.double(), dense(q, k, v, sees(everything, everything, 2, 2, 1)), rtol=0, atol=atol)
 
@@ -84,32 +87,42 @@ def test_some_queries_against_cached_and_own_keys() -> None:
     """What a cached path runs: the keys of some earlier frames, in any gap, then the queries' own."""
     queries, keys = [7, 8, 9, 10], [0, 3, 4, 5, 6, 7, 8, 9, 10]
     q, k, v = tensors((2, 4, 5, 2, 4), (2, 9, 3, 2, 4), torch.float64)
-    out = frame_causal(q, k, v, *ChunkRule(2, 2, 1).plan(queries, keys))
+    out = frame_causal(q, k, v, ChunkRule(2, 2, 1).plan(queries, keys))
     torch.testing.assert_close(out, dense(q, k, v, sees(queries, keys, 2, 2, 1)), rtol=0, atol=1e-12)
 
 
 def test_later_keys_do_not_change_a_bit() -> None:
     q, k, v = tensors((1, 7, 6, 2, 8), (1, 7, 6, 2, 8), torch.float32)
     plan = ChunkRule(2, None, 0).plan(range(7), range(7))
-    before = frame_causal(q, k, v, *plan)
+    before = frame_causal(q, k, v, plan)
     k[:, 5:], v[:, 5:] = torch.nan, torch.inf
-    after = frame_causal(q, k, v, *plan)
+    after = frame_causal(q, k, v, plan)
     assert torch.equal(before[:, :5], after[:, :5])
     assert not torch.isfinite(after[:, 5:]).any()
 
 
 @pytest.mark.parametrize(
-    ("chunks", "visible"),
+    ("runs", "visible"),
     [
-        ([(0, 1), (2, 3)], [[(0, 1)], [(0, 3)]]),  # frame 1 is left out
-        ([(0, 1), (1, 2)], [[(0, 1)], [(0, 2)]]),  # the end is left out
-        ([(0, 1), (1, 3)], [[(0, 1)], []]),  # a chunk that sees nothing
+        (((0, 1), (2, 3)), (((0, 1),), ((0, 3),))),  # frame 1 is left out
+        (((0, 1), (1, 3)), (((0, 1),), ())),  # a run that sees nothing
+        (((0, 1),), (((0, 1),), ((0, 2),))),  # keys without queries
+        (((0, 1), (1, 2)), (((0, 2),), ((0, 1),))),  # the last key moves back
+        (((0, 1), (1, 2)), (((1, 2),), ((0, 2),))),  # the first key moves back
+        (((0, 1),), (((1, 2), (3, 4)),)),  # a sink that does not begin at 0
+        (((0, 1),), (((0, 2), (2, 4)),)),  # two ranges that are one
     ],
 )
-def test_a_plan_with_gaps_is_an_error(chunks: list[tuple[int, int]], visible: list[list[tuple[int, int]]]) -> None:
-    q, k, v = tensors((1, 3, 2, 1, 4), (1, 3, 2, 1, 4), torch.float32)
-    with pytest.raises(ValueError):
-        frame_causal(q, k, v, chunks, visible)
+def test_a_plan_that_no_kernel_can_run_is_an_error(runs: Any, visible: Any) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        FramePlan(runs, visible)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(3, 2), (2, 3), (4, 3)])
+def test_tensors_that_do_not_fit_the_plan_are_an_error(queries: int, keys: int) -> None:
+    q, k, v = tensors((1, queries, 2, 1, 4), (1, keys, 2, 1, 4), torch.float32)
+    with pytest.raises(ValueError, match=f"{queries} query and {keys} key frames"):
+        frame_causal(q, k, v, ChunkRule(1, None, 0).plan(range(3), range(3)))
 
 
 def test_full_attention() -> None:

@@ -32,5 +32,5 @@ def test_fused_without_a_gpu_is_an_error_with_the_reason() -> None:
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(ValueError, match="kernels = quick: expected auto, reference or fused"):
+    with pytest.raises(ValueError, match="kernels = quick: expected auto, reference, fused or flex"):
         select_kernels("quick", CPU, torch.float32)

@@ -28,7 +28,8 @@ def allowed(query: int, key: int, n: int, window: int | None, sink: int) -> bool
 
 
 def holds(rule: ChunkRule, queries: list[int], keys: list[int]) -> None:
-    runs, visible = rule.plan(queries, keys)
+    plan = rule.plan(queries, keys)
+    runs, visible = plan.runs, plan.visible
     assert len(runs) == len(visible)
     assert [place for start, stop in runs for place in range(start, stop)] == list(range(len(queries)))
     for (start, stop), ranges in zip(runs, visible, strict=True):
@@ -63,6 +64,8 @@ def test_a_ranks_frames_against_all(rule: ChunkRule, ranks: int, size: int) -> N
 
 def test_an_example() -> None:
     """Chunks 0 | 1 2 | 3 4 | 5 6: with window 2 and sink 1 the last sees 0, 3..6."""
-    runs, visible = ChunkRule(2, 2, 1).plan(range(7), range(7))
-    assert runs == [(0, 1), (1, 3), (3, 5), (5, 7)]
-    assert visible == [[(0, 1)], [(0, 3)], [(0, 5)], [(0, 1), (3, 7)]]
+    plan = ChunkRule(2, 2, 1).plan(range(7), range(7))
+    assert plan.runs == ((0, 1), (1, 3), (3, 5), (5, 7))
+    assert plan.visible == (((0, 1),), ((0, 3),), ((0, 5),), ((0, 1), (3, 7)))
+    assert plan.pairs(10, 3) == 10 * 3 * (1 + 2 * 3 + 2 * 5 + 2 * 5)
+

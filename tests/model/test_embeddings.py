@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dualforce.model.layers import EmbeddingLinear, XavierLinear, ZeroLinear, sinusoid
 from dualforce.model.modulation import DualSigma
 from dualforce.model.path import FullPath
-from dualforce.model.tower import Tower, patchify, unpatchify
+from dualforce.model.tower import TowerEmbedding, patchify, unpatchify
 from dualforce.types import Conditioning, FrameSpan
 
 
@@ -64,8 +64,8 @@ def test_sinusoid_dtypes() -> None:
 
 def test_noise_levels_are_embedded_in_fp32_in_a_narrow_model() -> None:
     config = tiny_config().video
-    tower = randomise(Tower(config, kernels(torch.bfloat16), "video").bfloat16())
-    wide = Tower(config, kernels(), "video")
+    tower = randomise(TowerEmbedding(config).bfloat16())
+    wide = TowerEmbedding(config)
     wide.load_state_dict({name: value.float() for name, value in tower.state_dict().items()})
     sigma = torch.tensor([[0.5, 0.5004]])  # half a step of a thousand apart
     rows, exact = tower.embed_time(sigma), wide.embed_time(sigma)
@@ -77,7 +77,7 @@ def test_noise_levels_are_embedded_in_fp32_in_a_narrow_model() -> None:
 
 def test_time_rows() -> None:
     config = tiny_config().video
-    tower = randomise(Tower(config, kernels(torch.float64), "video").double())
+    tower = randomise(TowerEmbedding(config).double())
     sigma = torch.tensor([[0.1, 0.9]], dtype=torch.float64)
     rows = tower.embed_time(sigma)
     silu = nn.functional.silu
@@ -113,7 +113,7 @@ def tower_input(cond: Conditioning, start: int) -> Tensor:
     model = tiny_model(config)
     noised, _ = random_inputs(config, frames=3)
     seen: list[Tensor] = []
-    model.video.patch_embedding.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model.embedding.video.patch_embedding.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     span = FrameSpan(start, 3)
     model(noised, cond, span, FullPath(model.rule, kernels(), span))
     tokens = seen[0].unflatten(-1, (12, 2, 2)).unflatten(2, (2, 2))  # [B,F,h,w,C,p,q]

@@ -25,8 +25,8 @@ Change = Callable[[Noised, Conditioning], tuple[Noised, Conditioning]]
 def fresh(seed: int = 0) -> DualTower:
     torch.manual_seed(seed)
     model = DualTower(CONFIG, kernels()).requires_grad_(False)
-    randomise(model.video.head.head, 1)
-    randomise(model.struct.head.head, 2)
+    randomise(model.ends.video.head, 1)
+    randomise(model.ends.struct.head, 2)
     return model
 
 
@@ -62,6 +62,14 @@ def other_level(stream: str) -> Change:
     return change
 
 
+def randomise_all(model: DualTower, name: str) -> None:
+    """Draw the parameters of every module of that name."""
+    found = [module for path, module in model.named_modules() if path.rpartition(".")[2] == name]
+    assert found, name
+    for module in found:
+        randomise(module)
+
+
 CASES = [
     # change of the input, output that must not move, modules that let it move once they are random
     pytest.param(no_audio, "video", ["audio_video"], id="no audio, video"),
@@ -82,7 +90,7 @@ def test_what_starts_at_zero_has_no_influence(change: Change, output: str, modul
     assert getattr(before, output).abs().max() > 0.1
     assert torch.equal(getattr(before, output), getattr(after, output))
     for name in modules:
-        randomise(model.get_submodule(name))
+        randomise_all(model, name)
     before, after = run(model, *inputs()), run(model, *change(*inputs()))
     assert not torch.equal(getattr(before, output), getattr(after, output))
 
@@ -93,12 +101,12 @@ def test_a_fresh_model_equals_one_without_audio_bridge_and_residual() -> None:
     bare = DualTower(bare_config, kernels()).requires_grad_(False)
     absent = bare.load_state_dict({k: v for k, v in whole.state_dict().items() if k in bare.state_dict()}, strict=True)
     assert not absent.missing_keys
-    bare.dual_sigma_video = bare.dual_sigma_struct = _NoResidual()
+    bare.embedding.dual_sigma_video = bare.embedding.dual_sigma_struct = _NoResidual()
     for one, other in zip(run(whole, *inputs()), run(bare, *inputs()), strict=True):
         assert torch.equal(one, other) and one.abs().max() > 0.1
     for name in ("bridge", "audio_video", "dual_sigma_video"):
         changed = fresh()
-        randomise(changed.get_submodule(name))
+        randomise_all(changed, name)
         assert not torch.equal(run(changed, *inputs()).video, run(bare, *inputs()).video), name
 
 

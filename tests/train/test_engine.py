@@ -76,7 +76,7 @@ def test_dtype_follows_the_deepspeed_file() -> None:
 
 def test_every_parameter_is_in_exactly_one_group() -> None:
     """Norms, biases, modulation rows and the temperature are not decayed; the loss heads are there too (T20)."""
-    module = TrainModule(tiny_config(), LossConfig(), kernels(), flame_dim=3, checkpointing=False)
+    module = TrainModule(tiny_config(), LossConfig(), kernels(), flame_dim=3)
     decayed, plain = parameter_groups(module)
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     found = [names[id(parameter)] for group in (decayed, plain) for parameter in group["params"]]
@@ -84,12 +84,12 @@ def test_every_parameter_is_in_exactly_one_group() -> None:
     assert plain["weight_decay"] == 0.0
     assert {"heads.flame.weight", "heads.lip_sync.mouth.0.weight"} <= {names[id(p)] for p in decayed["params"]}
     undecayed = {names[id(p)] for p in plain["params"]}
-    assert {"heads.lip_sync.log_tau", "model.video.blocks.0.modulation", "model.video.head.modulation"} <= undecayed
+    assert {"heads.lip_sync.log_tau", "model.layers.0.video.modulation", "model.ends.video.modulation"} <= undecayed
     assert not any(name.endswith("qkv.weight") for name in undecayed)
 
 
 def test_heads_exist_only_where_their_loss_does() -> None:
-    none = TrainModule(tiny_config(), LossConfig(flame=0, lip_sync=0), kernels(), flame_dim=3, checkpointing=False)
+    none = TrainModule(tiny_config(), LossConfig(flame=0, lip_sync=0), kernels(), flame_dim=3)
     assert not list(none.heads)
-    no_flame = TrainModule(tiny_config(), LossConfig(), kernels(), flame_dim=None, checkpointing=False)
+    no_flame = TrainModule(tiny_config(), LossConfig(), kernels(), flame_dim=None)
     assert list(no_flame.heads) == ["lip_sync"]

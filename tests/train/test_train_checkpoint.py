@@ -14,6 +14,7 @@ import torch
 from dualforce.config import ConfigError
 from dualforce.train import checkpoint
 from dualforce.train.checkpoint import SavedState, read_state
+from dualforce.train.gather_unit import Slot
 
 STATE = SavedState(
     step=5,
@@ -22,6 +23,8 @@ STATE = SavedState(
     zero_stage=3,
     run={"train": {"steps": 9, "seed": 1, "log_every": 1}},
     engine={"gradient_clipping": 1.0},
+    units={"model.head": {"matrices": [Slot("weight", (2, 3), 0)], "vectors": [Slot("bias", (2,), 0)]}},
+    optimizer="torch.optim.adamw.AdamW",
 )
 
 
@@ -63,6 +66,11 @@ def test_other_values_may_not(tmp_path: Path) -> None:
         checkpoint._check_same(STATE, replace(STATE, engine={"gradient_clipping": 2.0}), tmp_path)
     with pytest.raises(ConfigError, match="zero_stage = 3, this run 1"):
         checkpoint._check_same(STATE, replace(STATE, zero_stage=1), tmp_path)
+    with pytest.raises(ConfigError, match=r"has optimizer = torch.optim.adamw.AdamW, this run apex.FusedAdam"):
+        checkpoint._check_same(STATE, replace(STATE, optimizer="apex.FusedAdam"), tmp_path)
+    moved = {"model.head": {"matrices": [Slot("weight", (3, 2), 0)], "vectors": [Slot("bias", (2,), 0)]}}
+    with pytest.raises(ConfigError, match=r"has other parameters in model\.head"):
+        checkpoint._check_same(STATE, replace(STATE, units=moved), tmp_path)
 
 
 def test_generators_continue_where_they_were() -> None:

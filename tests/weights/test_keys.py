@@ -98,7 +98,7 @@ def test_there_and_back_is_bitwise(overrides: ModelOverrides | None) -> None:
 def test_packed_parts_are_q_k_v_in_order() -> None:
     model = random_model()
     public = to_public(model.state_dict(), model.config)
-    d, block = model.config.video.dim, model.video.blocks[1]
+    d, block = model.config.video.dim, model.layers[1].video
     for i, letter in enumerate("qkv"):
         part = block.self_attn.qkv.weight[i * d : (i + 1) * d]
         assert torch.equal(public[f"video_dit.blocks.1.self_attn.{letter}.weight"], part)
@@ -117,7 +117,7 @@ def test_patch_embedding_is_a_convolution() -> None:
         x.transpose(1, 2), public["video_dit.patch_embedding.weight"], public["video_dit.patch_embedding.bias"],
         stride=(1, 2, 2),
     )  # fmt: skip
-    found = model.video.patch_embedding(patchify(x, 2))
+    found = model.embedding.video.patch_embedding(patchify(x, 2))
     torch.testing.assert_close(found, expected.flatten(3).permute(0, 2, 3, 1), rtol=1e-5, atol=1e-5)
 
 
@@ -127,6 +127,6 @@ def test_missing_and_unmapped_keys_are_listed() -> None:
     assert str(caught.value) == "here: missing b, c, unmapped x: expected the 3 keys of the model's config"
     model = random_model()
     state = {**model.state_dict(), "heads.tau": torch.zeros(())}
-    del state["struct.blocks.0.modulation"]
-    with pytest.raises(WeightsError, match=r"missing struct\.blocks\.0\.modulation, unmapped heads\.tau"):
+    del state["layers.0.struct.modulation"]
+    with pytest.raises(WeightsError, match=r"missing layers\.0\.struct\.modulation, unmapped heads\.tau"):
         to_public(state, model.config)

@@ -110,12 +110,12 @@ def test_lazy_state_is_read_tensor_by_tensor(tmp_path: Path) -> None:
 def test_failure_leaves_nothing_behind(tmp_path: Path) -> None:
     model = random_model()
     state = model.state_dict()
-    state["struct.head.head.weight"] = torch.full_like(state["struct.head.head.weight"], torch.nan)
+    state["ends.struct.head.weight"] = torch.full_like(state["ends.struct.head.weight"], torch.nan)
     with pytest.raises(WeightsError, match=r"struct_dit\.head\.head\.weight: contains NaN"):
         write_model(tmp_path / "m", state, folder_config(run_config(model), "run"))
     assert list(tmp_path.iterdir()) == []
-    state["struct.head.head.weight"] = torch.zeros(2, 2)
-    with pytest.raises(WeightsError, match=r"struct\.head\.head\.weight has shape \[2, 2\]: expected \[6, 64\]"):
+    state["ends.struct.head.weight"] = torch.zeros(2, 2)
+    with pytest.raises(WeightsError, match=r"ends\.struct\.head\.weight has shape \[2, 2\]: expected \[6, 64\]"):
         write_model(tmp_path / "m", state, folder_config(run_config(model), "run"))
     assert list(tmp_path.iterdir()) == []
 

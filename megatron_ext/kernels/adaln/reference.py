@@ -1,7 +1,7 @@
 """Adaptive LayerNorm with one modulation row per frame (Peebles and Xie 2023, arXiv 2212.09748, section 3.2).
 
-x, y [B,F,T,D]; shift, scale, gate [B,F,D], fp32, broadcast over the T tokens of a frame and never expanded. Statistics
-and arithmetic in fp32; the result has x's dtype.
+x, y [B,F,T,D]; shift, scale, gate [B,F,D], of any float dtype and strides, broadcast over the T tokens of a frame and
+never expanded. Statistics and arithmetic in fp32; the result has x's dtype.
 """
 
 from __future__ import annotations
@@ -22,11 +22,23 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
 
 def adaln_residual(
-    x: Tensor, y: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, eps: float
+    x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """(x + gate * y, adaln of that sum)."""
-    total = gated_residual(x, y, gate)
+    """(x + gate * y, adaln of that sum as rounded to x's dtype); without a gate x + y."""
+    total = (_fp32(x) + _fp32(y)).to(x.dtype) if gate is None else gated_residual(x, y, gate)
     return total, adaln(total, shift, scale, eps)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm(x) * weight + bias over the last dimension; x [...,D], weight, bias [D]."""
+    wide = _fp32(x)
+    return functional.layer_norm(wide, x.shape[-1:], weight.to(wide.dtype), bias.to(wide.dtype), eps).to(x.dtype)
+
+
+def check_rows(row: Tensor, x: Tensor) -> None:
+    """A modulation is [B,F,D] for x [B,F,T,D]: a row per clip or one for all would broadcast without a word."""
+    if row.dim() != 3 or row.shape[:2] != x.shape[:2] or row.shape[2] != x.shape[3]:
+        raise ValueError(f"modulation {tuple(row.shape)} for x {tuple(x.shape)}: expected [B,F,D]")
 
 
 def _fp32(x: Tensor) -> Tensor:
@@ -34,7 +46,6 @@ def _fp32(x: Tensor) -> Tensor:
 
 
 def _rows(row: Tensor, x: Tensor) -> Tensor:
-    """[B,F,D] -> [B,F,1,D]; the rank is checked because a row per clip would broadcast silently."""
-    if row.dim() != 3 or row.shape[:2] != x.shape[:2] or row.shape[2] != x.shape[3]:
-        raise ValueError(f"modulation {tuple(row.shape)} for x {tuple(x.shape)}: expected [B,F,D]")
+    """[B,F,D] -> [B,F,1,D]."""
+    check_rows(row, x)
     return _fp32(row).unsqueeze(2)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-FrameRange = tuple[int, int]  # start and stop of frames
+from megatron_ext.kernels.attention.plan import FramePlan, FrameRange, check_frames
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -23,25 +23,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
-def frame_causal(
-    q: Tensor, k: Tensor, v: Tensor, chunks: Sequence[FrameRange], visible: Sequence[Sequence[FrameRange]]
-) -> Tensor:
-    """Attention of frames to frames: the query frames `chunks[i]` see the key frames of all ranges in `visible[i]`.
+def frame_causal(q: Tensor, k: Tensor, v: Tensor, plan: FramePlan) -> Tensor:
+    """Attention of frames to frames: q [B,Fq,Tq,N,K], k and v [B,Fk,Tk,N,K] -> [B,Fq,Tq,N,K].
 
-    q [B,Fq,Tq,N,K], k and v [B,Fk,Tk,N,K] -> [B,Fq,Tq,N,K]. The chunks must cover the query frames in order, and a
-    chunk must see at least one frame (ValueError).
+    Raises ValueError when the plan is for another number of query frames or asks for keys that are not there.
     """
+    check_frames(q, k, plan)
     parts = []
-    covered = 0
-    for (start, stop), ranges in zip(chunks, visible, strict=True):
-        if start != covered or not ranges:
-            raise ValueError(f"query frames {start}..{stop} after {covered}, visible {list(ranges)}: expected no gap")
-        covered = stop
+    for (start, stop), ranges in zip(plan.runs, plan.visible, strict=True):
         keys, values = (_select(x, ranges).flatten(1, 2) for x in (k, v))
         out = attend(q[:, start:stop].flatten(1, 2), keys, values)
         parts.append(out.unflatten(1, (stop - start, q.shape[2])))
-    if covered != q.shape[1]:
-        raise ValueError(f"chunks end at frame {covered}, but there are {q.shape[1]} query frames")
     return torch.cat(parts, dim=1)
 
 

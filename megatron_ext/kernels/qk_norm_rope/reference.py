@@ -6,6 +6,8 @@ RMSNorm: Zhang and Sennrich 2019, arXiv 1910.07467, eq. 4; rotary positions: Su 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -27,8 +29,27 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
 
 
-def norm_rope(
-    x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, *, heads: int, eps: float, interleaved: bool
-) -> Tensor:
-    """RMSNorm, split into heads, rotate: [B,F,T,D] -> [B,F,T,N,K]."""
-    return rotate(rms_norm(x, weight, eps).unflatten(-1, (heads, -1)), cos, sin, interleaved)
+def split_heads(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    cos: Tensor | None,
+    sin: Tensor | None,
+    *,
+    parts: int,
+    heads: int,
+    eps: float,
+    interleaved: bool,
+) -> tuple[Tensor, ...]:
+    """Heads of `parts` projections packed side by side in x [B,F,T,parts·D]: `parts` tensors [B,F,T,N,K] in x's dtype.
+
+    The first len(weights) parts are normed over their width D with weights[i] [D] and rotated (cos None: not rotated),
+    both in fp32 with one rounding at the end; the others pass unchanged, as views of x.
+    """
+    out = [part.unflatten(-1, (heads, -1)) for part in x.chunk(parts, dim=-1)]
+    for i, weight in enumerate(weights):
+        wide = out[i] if x.dtype.itemsize >= 4 else out[i].float()
+        wide = rms_norm(wide.flatten(-2), weight, eps).unflatten(-1, (heads, -1))
+        if cos is not None and sin is not None:
+            wide = rotate(wide, cos, sin, interleaved)
+        out[i] = wide.to(x.dtype)
+    return tuple(out)
