@@ -1,0 +1,84 @@
+"""The step benchmark's inputs, without a GPU."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.fake_shards import write_fake_shards
+
+from data_shards.reader import ShardSet
+from dualforce.config import RunConfig, validate
+from dualforce.model.path import ChunkRule
+from dualforce.train.setup import model_config
+from dualforce.train.step import StepContext
+from megatron_ext.kernels.kernel_set import select_kernels
+from megatron_ext.parallel.grid import ProcessGrid
+from tools.bench.clips import shard_source, synthetic_source
+from tools.bench_step import parser
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    return ShardSet.open(write_fake_shards(tmp_path_factory.mktemp("shards"), clips=6, frames=5))
+
+
+def context(run: RunConfig, rank: int = 0, world: int = 1, sp: int = 1) -> StepContext:
+    grid = ProcessGrid(world, rank, sp, torch.device("cpu"))
+    return StepContext(run, grid, select_kernels("reference", grid.device, torch.float32), ChunkRule(1, None, 0))
+
+
+def run_of(frames: int, clips: int) -> RunConfig:
+    values = {"preset": "tiny", "deepspeed": "x", "model": {"frames_per_chunk": 1}, "train": {"steps": 9},
+              "data": {"frames": frames, "clips_per_step": clips}}  # fmt: skip
+    return validate(RunConfig, values, "test")
+
+
+def test_ranks_of_a_group_share_synthetic_clips_and_groups_do_not(shards: ShardSet) -> None:
+    run = run_of(4, 2)
+    model = model_config(run, shards.manifest)
+    firsts = [
+        next(synthetic_source(model, context(run, rank, 4, 2), latent=(4, 6), text_tokens=3).steps) for rank in range(4)
+    ]
+    frames = [step[0][0].noised.video for step in firsts]
+    assert [tuple(x.shape) for x in frames] == [(1, 2, 16, 4, 6)] * 4  # two of four frames each
+    assert firsts[0][0][0].cond.text.shape == (1, 3, model.video.text_dim)
+    assert torch.equal(firsts[0][0][0].cond.reference, firsts[1][0][0].cond.reference)
+    assert not torch.equal(frames[0], frames[1]) and not torch.equal(frames[0], frames[2])
+
+
+def test_real_clips_come_through_the_loader(shards: ShardSet) -> None:
+    run = run_of(5, 2)
+    model = model_config(run, shards.manifest)
+    source = shard_source(shards, model, context(run, 1, 2), steps=4)
+    steps = list(itertools.islice(source.steps, 5))
+    assert len(steps) == 4 and all(len(step) == 1 for step in steps)
+    assert steps[0][0][0].noised.video.shape == (1, 5, 16, 4, 4)
+    assert source.waited() > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rows", "ours,best"], "--rows ours,best: best: expected some of"),
+        (["--latent", "63x64"], "--latent 63x64: expected two even numbers"),
+        (["--sequence", "5"], "parallel.sequence = 5: does not divide video.heads = 12, struct.heads = 12"),
+        (["--shards", "nowhere"], "nowhere"),
+    ],
+)
+def test_wrong_input_is_one_line(arguments: list[str], message: str) -> None:
+    command = [sys.executable, "-m", "tools.bench_step", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ") and message in done.stderr
+
+
+def test_defaults_are_the_documented_ones() -> None:
+    options = parser().parse_args([])
+    assert (options.preset, options.frames, options.latent, options.rows) == ("mova-lite", 20, "64x64", "ours")

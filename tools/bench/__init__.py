@@ -1,0 +1,1 @@
+"""What the benchmarks share: rates of the machine, recipes to compare, tables."""
