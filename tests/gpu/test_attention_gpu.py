@@ -156,3 +156,25 @@ def test_cached_queries_see_everything(backend: Any) -> None:
     found = backend.frame_causal(q, k, v, everything(3, 8))
     wanted, _ = dense(*(x.double() for x in (q, k, v)), everything(3, 8))
     assert relative(found, wanted) < 6e-3
+
+
+@pytest.mark.parametrize("keys", [1, 512])
+def test_full_attention_of_many_queries_to_few_keys(backend: Any, keys: int) -> None:
+    """Text: the queries are cut into parts, and the gradients of the keys added up (bounds as above)."""
+    source = torch.Generator("cuda").manual_seed(2)
+    shapes = ((1, 8192, 4, 128), (1, keys, 4, 128), (1, keys, 4, 128))
+    q, k, v = (
+        torch.randn(s, generator=source, device="cuda", dtype=torch.bfloat16).requires_grad_() for s in shapes
+    )
+    weight = torch.randn_like(q)
+    out = backend.attend(q, k, v)
+    found = [out, *torch.autograd.grad((out * weight).sum(), (q, k, v))]
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    scores = torch.einsum("bqnk,blnk->bnql", wide[0], wide[1]) / 128**0.5
+    exact = torch.einsum("bnql,blnk->bqnk", scores.softmax(-1), wide[2])
+    wanted = [exact, *torch.autograd.grad((exact * weight.double()).sum(), wide)]
+    for label, a, b in zip(("out", "dq", "dk", "dv"), found, wanted, strict=True):
+        if keys == 1 and label in ("dq", "dk"):  # one key: the probabilities are 1 whatever the scores
+            assert a.double().norm() <= 2**-7 * weight.double().norm(), label
+        else:
+            assert relative(a, b) < 6e-3, label
