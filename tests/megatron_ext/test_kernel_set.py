@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from megatron_ext.kernels.kernel_set import select_kernels
+from megatron_ext.kernels import kernel_set
+from megatron_ext.kernels.kernel_set import KernelsUnavailable, select_kernels
 
 CPU = torch.device("cpu")
 
@@ -34,3 +37,50 @@ def test_fused_without_a_gpu_is_an_error_with_the_reason() -> None:
 def test_unknown_name() -> None:
     with pytest.raises(ValueError, match="kernels = quick: expected auto, reference, fused or flex"):
         select_kernels("quick", CPU, torch.float32)
+
+
+CUDA = torch.device("cuda")
+LITE = {"video": 128, "struct": 64}
+
+
+def on_gpu(monkeypatch: pytest.MonkeyPatch, major: int, flash: bool = False) -> None:
+    """As if there were a GPU of this compute capability, and flash-attn-4 or not."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (major, 0))
+    for name in ("flash_attn", "flash_attn.cute", "flash_attn.cute.block_sparsity"):
+        monkeypatch.setitem(sys.modules, name, None)  # import raises ImportError
+    if flash:
+        monkeypatch.setattr(kernel_set, "FlashAttention", lambda device: SimpleNamespace(frame_causal="f", attend="a"))
+
+
+@pytest.mark.parametrize(
+    ("name", "major", "dtype", "sizes", "message"),
+    [
+        ("fused", 9, torch.float32, LITE, r"kernels = fused on cuda torch.float32: expected torch.bfloat16 or"),
+        ("flex", 7, torch.bfloat16, LITE, r"compute capability 7.0, expected 8.0 or more; use reference"),
+        ("fused", 9, torch.bfloat16, {"video": 96, "struct": 64}, r"head size video = 96; expected one of \(64, 128\)"),
+        ("fused", 9, torch.bfloat16, LITE, r"flash-attn-4 does not import .*install the extra `fused`; or use flex"),
+        ("fused", 8, torch.bfloat16, LITE, r"compute capability 9.x, this device has 8.0; or use flex"),
+    ],
+)
+def test_what_a_gpu_cannot_run_is_one_line_with_the_way_out(
+    monkeypatch: pytest.MonkeyPatch, name: str, major: int, dtype: torch.dtype, sizes: dict[str, int], message: str
+) -> None:
+    on_gpu(monkeypatch, major)
+    with pytest.raises(KernelsUnavailable, match=message) as caught:
+        select_kernels(name, CUDA, dtype, sizes)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("major", "flash", "sizes", "expected"),
+    [(9, True, LITE, "fused"), (9, False, LITE, "flex"), (8, False, LITE, "flex"), (7, False, LITE, "reference"),
+     (9, True, {"video": 32}, "reference")],
+)  # fmt: skip
+def test_auto_takes_the_fastest_that_can(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, major: int, flash: bool, sizes: dict[str, int],
+    expected: str,
+) -> None:  # fmt: skip
+    on_gpu(monkeypatch, major, flash)
+    with caplog.at_level(logging.INFO):
+        chosen = select_kernels("auto", CUDA, torch.bfloat16, sizes)
+    assert chosen.name == expected and f"kernels: {expected}, chosen" in caplog.text
