@@ -23,9 +23,6 @@ from megatron_ext.parallel.ulysses import frames_to_heads, gather_frames, heads_
 
 VIDEO, STRUCT, STRUCT_TO_VIDEO, VIDEO_TO_STRUCT = "video", "struct", "struct_to_video", "video_to_struct"
 
-FEW_TOKENS = 16  # a frame: the cost of an exchange is its latency
-
-
 class Site(NamedTuple):
     """One attention of the model."""
 
@@ -85,15 +82,12 @@ class FullPath:
     def __call__(self, site: Site, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self._grid.sp == 1:
             return self._kernels.frame_causal(q, k, v, self._plan)
-        if site.stream == STRUCT_TO_VIDEO:
-            # A frame has few structure tokens: bringing them to every rank is cheaper than exchanging video queries.
+        if site.stream in (STRUCT, STRUCT_TO_VIDEO):
+            # A frame has few structure tokens: bringing their keys to every rank costs less than exchanging queries.
             keys, values = gather_frames(torch.cat((k, v)), self._grid).chunk(2)
             return self._kernels.frame_causal(q, keys, values, self._local_plan)
-        if q.shape == k.shape and q.shape[2] <= FEW_TOKENS:
-            q, k, v = frames_to_heads(torch.cat((q, k, v)), self._grid).chunk(3)
-        else:
-            # One exchange each: what arrives is already in order, and a packed one would have to be taken apart.
-            q, k, v = (frames_to_heads(x, self._grid) for x in (q, k, v))
+        # One exchange each: what arrives is already in order, and a packed one would have to be taken apart.
+        q, k, v = (frames_to_heads(x, self._grid) for x in (q, k, v))
         return heads_to_frames(self._kernels.frame_causal(q, k, v, self._plan), self._grid)
 
     def both(self, one: Callable[[], Tensor], other: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
