@@ -65,17 +65,16 @@ def validate(engine: Any, held_out: HeldOut, context: StepContext) -> dict[str, 
     clips = min(len(held_out.reader), run.train.validation_clips)
     sums = torch.zeros(3, len(levels), dtype=torch.float64, device=grid.device)
     moments: Tensor | None = None
+    # No larger a forward than in training, whose memory may be all that is free.
+    parts = levels.split(run.data.max_micro_batch)
     engine.eval()
     # Every rank runs the same number of forwards, because each is collective; surplus ones count nothing.
     for first in range(0, clips, grid.dp):
         index = first + grid.dp_rank
-        batch = held_out.clip(index % clips, run.data.frames, len(levels))
-        if index >= clips:
-            batch = batch._replace(valid=torch.zeros_like(batch.valid))
-        inputs, output = forward(engine, batch, levels.tolist(), context)
-        sums += _error_sums(inputs, output)
-        found = _moments(inputs)
-        moments = found if moments is None else moments + found
+        found = [_measured(engine, held_out, index, clips, part.tolist(), context) for part in parts]
+        sums += torch.cat([errors for errors, _ in found], dim=1)
+        more = torch.cat([one for _, one in found], dim=1)
+        moments = more if moments is None else moments + more
     engine.train()
     if moments is None:
         raise ValueError("the validation split has no clips")
@@ -83,6 +82,17 @@ def validate(engine: Any, held_out: HeldOut, context: StepContext) -> dict[str, 
         dist.all_reduce(sums, group=grid.world_group)
         dist.all_reduce(moments, group=grid.world_group)
     return _report(sums.cpu(), Moments(*moments.cpu().unbind()), levels)
+
+
+def _measured(
+    engine: Any, held_out: HeldOut, index: int, clips: int, levels: list[float], context: StepContext
+) -> tuple[Tensor, Tensor]:
+    """Error sums [3,L] and stacked Moments [6,L,C] of a clip at `levels`, zero where `index` is beyond the clips."""
+    batch = held_out.clip(index % clips, context.run.data.frames, len(levels))
+    if index >= clips:
+        batch = batch._replace(valid=torch.zeros_like(batch.valid))
+    inputs, output = forward(engine, batch, levels, context)
+    return _error_sums(inputs, output), _moments(inputs)
 
 
 def forward(engine: Any, batch: ClipBatch, levels: list[float], context: StepContext) -> tuple[StepInput, StepOutput]:

@@ -1,0 +1,57 @@
+"""Validation does not depend on how its levels are dealt out to forwards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.fake_shards import write_fake_shards
+from helpers.tiny_model import kernels, randomise
+
+from data_shards.reader import ShardSet
+from dualforce.config import RunConfig, validate
+from dualforce.data.statistics import StreamStatistics
+from dualforce.model.path import ChunkRule
+from dualforce.train import validate as validation
+from dualforce.train.setup import model_config
+from dualforce.train.step import StepContext
+from dualforce.train.train_module import TrainModule
+from megatron_ext.parallel.grid import ProcessGrid
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_fake_shards(tmp_path_factory.mktemp("shards"), clips=2, frames=5, validation_clips=3)
+
+
+def measured(shards: Path, most: int, seen: list[int]) -> dict[str, Any]:
+    """Validation at four levels with at most `most` clips a forward; `seen` gets the size of each."""
+    values = {
+        "preset": "tiny", "deepspeed": "x", "data": {"frames": 5, "max_micro_batch": most, "shards": str(shards)},
+        "train": {"steps": 1, "validation_sigmas": 4, "validation_clips": 3},
+    }  # fmt: skip
+    run = validate(RunConfig, values, "test")
+    found = ShardSet.open(shards)
+    model = model_config(run, found.manifest)
+    module = randomise(TrainModule(model, run.loss, kernels(), None), 0)
+    module.register_forward_pre_hook(lambda _, args: seen.append(args[0].target.video.shape[0]))
+    statistics = StreamStatistics.from_manifest(found.manifest)
+    held_out = validation.HeldOut(
+        found.split("validation"), statistics, model.audio.context, model.video.text_dim
+    )
+    context = StepContext(run, ProcessGrid.single(), kernels(), ChunkRule(model.frames_per_chunk, None, 0))
+    return validation.validate(module, held_out, context)
+
+
+def test_no_forward_is_larger_than_in_training(shards: Path) -> None:
+    sizes: list[int] = []
+    whole = measured(shards, 8, sizes)
+    assert sizes == [4, 4, 4]
+    sizes.clear()
+    parts = measured(shards, 3, sizes)
+    assert sizes == [3, 1] * 3
+    for name, value in whole.items():
+        torch.testing.assert_close(torch.tensor(parts[name]), torch.tensor(value), rtol=1e-5, atol=1e-6)
+    assert whole["video"] > 0 and len(whole["video_at_sigma"]) == 4
