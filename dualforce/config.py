@@ -186,7 +186,10 @@ class ParallelConfig(Section):
         default="none",
         description="layers computed again in the backward: every second, or all; offload: all, inputs in host memory",
     )
-    graphs: bool = Field(default=True, description="layers run as CUDA graphs where there is a CUDA device")
+    graphs: bool | None = Field(
+        default=None,
+        description="on a GPU, layers run as CUDA graphs; null: with fused kernels and nothing recomputed",
+    )
 
 
 class TrainConfig(Section):

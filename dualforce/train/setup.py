@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,10 @@ from dualforce.train.step import StepContext, prepare_step
 from dualforce.train.train_module import TrainModule
 from dualforce.train.validate import HeldOut
 from dualforce.types import STRUCT_TOKENS
-from megatron_ext.kernels.kernel_set import select_kernels
+from megatron_ext.kernels.kernel_set import KernelSet, select_kernels
 from megatron_ext.parallel.grid import ProcessGrid, check_heads
+
+logger = logging.getLogger(__name__)
 
 
 def model_config(run: RunConfig, manifest: dict[str, Any]) -> ModelConfig:
@@ -66,6 +69,18 @@ def model_config(run: RunConfig, manifest: dict[str, Any]) -> ModelConfig:
     return model
 
 
+def with_graphs(run: RunConfig, kernels: KernelSet) -> bool:
+    """Whether layers run as CUDA graphs: as the run file says; where it is silent, where that has been measured."""
+    if run.parallel.graphs is not None:
+        return run.parallel.graphs
+    chosen = kernels.name == "fused" and run.parallel.recompute == "none"
+    logger.info(
+        "CUDA graphs: %s, with kernels %s and recompute %s (parallel.graphs decides otherwise)",
+        "on" if chosen else "off", kernels.name, run.parallel.recompute,
+    )  # fmt: skip
+    return chosen
+
+
 def prepare_job(
     run: RunConfig, model: ModelConfig, shards: ShardSet, grid: ProcessGrid, out: Path, resume: bool
 ) -> tuple[Job, int]:
@@ -80,7 +95,7 @@ def prepare_job(
 
     statistics = StreamStatistics.from_manifest(shards.manifest)
     video = shards.manifest["extractors"]["video"]
-    engine = build_engine(build, config, grid, run.parallel.recompute, run.parallel.graphs)
+    engine = build_engine(build, config, grid, run.parallel.recompute, with_graphs(run, kernels))
     stage = config.get("zero_optimization", {}).get("stage", 0)
     blank = SavedState(
         0, grid.world, grid.sp, stage, run.model_dump(mode="json"), config, layouts_of(engine.module),

@@ -44,7 +44,7 @@ class KernelsUnavailable(ValueError):
 def select_kernels(
     name: str, device: torch.device, dtype: torch.dtype, head_dims: Mapping[str, int] | None = None
 ) -> KernelSet:
-    """The kernels called `name` for `device`, `dtype` and the head sizes `head_dims` of frame-causal attention by name.
+    """The kernels called `name` for `device`, `dtype` and the head sizes `head_dims` of attention by name.
 
     "reference" runs everywhere. "fused": Triton kernels with flash-attn-4 (compute capability 9.x). "flex": Triton
     kernels with FlexAttention (8.0 and newer). Both raise KernelsUnavailable with the reason where they cannot run.

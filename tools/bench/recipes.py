@@ -2,13 +2,13 @@
 
 Every recipe trains the same TrainModule with AdamW, clipping and all losses on the same steps.
 
-ours          gather units under ZeRO-3, fused kernels
+ours            gather units under ZeRO-3, fused kernels, CUDA graphs
 ours-no-graphs  the same, launch by launch
-ours-zero1    the first under ZeRO-1
-fsdp2         the same kernels under torch's FSDP2, one gather a layer
-usual         torch.compile of everything elementwise and FlexAttention, under ZeRO-3 with one gather a layer
-usual-fsdp2   the same under FSDP2
-plan          eager, and SDPA with a dense mask, under ZeRO-3 with one gather a layer
+ours-zero1      the first under ZeRO-1
+fsdp2           the same kernels under torch's FSDP2, one gather a layer
+usual           torch.compile of everything elementwise and FlexAttention, under ZeRO-3 with one gather a layer
+usual-fsdp2     the same under FSDP2
+plan            eager, and SDPA with a dense mask, under ZeRO-3 with one gather a layer
 """
 
 from __future__ import annotations

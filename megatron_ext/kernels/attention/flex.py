@@ -2,8 +2,9 @@
 
 Legend: B batch, F frames, T tokens a frame, N heads, K head size, L = F * T.
 
-The block mask is made from the block lists of the plan, in O(blocks), and the rule for partial tiles reads three bounds
-per query token, so that one compiled kernel serves every plan of one size.
+The block mask is made from the block lists of the plan (FlexAttention's format has room for every block in each row: an
+index per 128 x 128 pairs), and the rule for partial tiles reads three bounds per query token, so that one compiled
+kernel serves every plan of one size.
 """
 
 from __future__ import annotations
