@@ -188,7 +188,7 @@ class ParallelConfig(Section):
     )
     graphs: bool | None = Field(
         default=None,
-        description="on a GPU, layers run as CUDA graphs; null: with fused kernels and nothing recomputed",
+        description="on a GPU, layers run as CUDA graphs; null: with the fused kernels, unless recompute is offload",
     )
 
 

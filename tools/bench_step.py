@@ -11,40 +11,31 @@ are the same.
 from __future__ import annotations
 
 import argparse
-import gc
+import json
+import subprocess
 import sys
-import time
-from collections.abc import Callable
+import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
-from unittest import mock
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from data_shards.reader import ShardSet
 from dualforce import launch
-from dualforce.config import ConfigError, ModelConfig, ModelOverrides, RunConfig, validate
-from dualforce.model.flops import forward_flops
-from dualforce.model.path import ChunkRule
+from dualforce.config import ConfigError, ModelOverrides, RunConfig, validate
 from dualforce.presets import build_model_config
-from dualforce.train.engine import deepspeed_config, plan_batch
-from dualforce.train.gather_unit import GatherUnit
 from dualforce.train.setup import model_config
-from dualforce.train.step import StepContext, train_step
 from megatron_ext.parallel.grid import ProcessGrid, check_heads
 from tools.bench import recipes
-from tools.bench.clips import Source, shard_source, synthetic_source
-from tools.bench.rates import DATASHEET_TFLOPS, matmul_tflops
+from tools.bench.rates import matmul_tflops
+from tools.bench.step_row import Subject, measure
 from tools.bench.table import show, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
-CHECKED = 3  # first steps whose losses and gradient norms every row must share
 # bf16 carries 8 bits: two ways to compute one model differ by some 2^-8 in a prediction, far less in a mean over
 # millions of them; a norm adds up the errors of gradients that pass through every layer. A dropped mask moves both.
 BOUNDS = {"losses": 0.01, "norms": 0.05}
-WARM_UP = 4  # steps before the clock starts: graphs are captured in the third
 
 
 def parser() -> argparse.ArgumentParser:
@@ -61,7 +52,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--steps", type=int, default=8)
     made.add_argument("--deepspeed", type=Path, default=ROOT / "ds_configs" / "zero3.json")
     made.add_argument("--json", type=Path, help="file for the rows")
-    made.add_argument("--profile", type=Path, help="file for a table of the costliest kernels of the first row")
+    made.add_argument("--profile", type=_path, help="file for the costliest kernels and idle times of the first row")
+    made.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     made.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return made
 
@@ -79,37 +71,62 @@ def main() -> None:
         check_heads(options.sequence, heads)
         if not torch.cuda.is_available():
             raise ConfigError("tools.bench_step: no CUDA device: expected an NVIDIA GPU")
-        grid = launch.start(options.sequence, seed=0)
-        run = _run(options, grid.dp)
+        content = _in_turn(names, options) if len(names) > 1 else _alone(names[0], options, subject)
     except ValueError as error:
         if launch.is_main():
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    if launch.is_main():
+        if not options.child:
+            _show(content)
+        if options.json:
+            write_json(options.json, content)
+
+
+def _alone(name: str, options: argparse.Namespace, subject: Subject) -> dict[str, Any]:
+    """The content of the JSON file with one row, measured in this process and its peers."""
+    grid = launch.start(options.sequence, seed=0)
+    run = _run(options, grid.dp)
     matmul = _slowest(matmul_tflops(), grid)
-    rows: list[dict[str, Any]] = []
-    for name in names:
-        row = _measure(name, options, subject, run, grid, matmul)
-        for kind, bound in BOUNDS.items():
-            if rows and kind in row and not _agree(row[kind], rows[0][kind], bound):
-                raise SystemExit(f"{name}: {kind} {row[kind]} are not those of {names[0]}, {rows[0][kind]}")
-        rows.append(row)
-        if grid.rank == 0:
-            print(show(_title(options, grid, matmul), [{k: v for k, v in r.items() if k not in BOUNDS} for r in rows]))
-            sys.stdout.flush()
-    if grid.rank == 0 and options.json:
-        machine = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "gpus": grid.world}
-        content = {"machine": machine, "matmul_tflops": matmul, "options": _plain(options), "rows": rows}
-        write_json(options.json, content)
+    row = measure(name, options, subject, run, grid, matmul)
     launch.finish()
+    machine = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "gpus": grid.world}
+    return {"machine": machine, "matmul_tflops": matmul, "options": _plain(options), "rows": [row]}
 
 
-class Subject(NamedTuple):
-    """What is trained, on what."""
+def _in_turn(names: list[str], options: argparse.Namespace) -> dict[str, Any]:
+    """The same with several rows, each measured in processes of its own: what one recipe compiled, reserved and did
+    not give back is nothing to the next. A row that disagrees with the first ends the command."""
+    content: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for index, name in enumerate(names):
+            file = Path(folder) / f"{index}.json"
+            found = _child(name, index, file)
+            if not launch.is_main():
+                continue
+            for kind, bound in BOUNDS.items():
+                first, row = content.get("rows", found["rows"])[0], found["rows"][0]
+                if kind in row and kind in first and not _agree(row[kind], first[kind], bound):
+                    raise SystemExit(f"{name}: {kind} {row[kind]} are not those of {names[0]}, {first[kind]}")
+            content = {**found, "options": _plain(options), "rows": content.get("rows", []) + found["rows"]}
+            _show(content)
+    return content
 
-    model: ModelConfig
-    latent: tuple[int, int]
-    text_tokens: int
-    shards: ShardSet | None
+
+def _child(name: str, index: int, file: Path) -> dict[str, Any]:
+    """Run one row in a process of this rank; what it wrote, on the first rank."""
+    command = [sys.executable, "-m", "tools.bench_step", *sys.argv[1:], "--rows", name, "--json", str(file), "--child"]
+    if index:
+        command += ["--profile", ""]
+    done = subprocess.run(command, env=launch.child_environment(index), cwd=ROOT)
+    if done.returncode:
+        raise SystemExit(f"{name}: ended with code {done.returncode}")
+    return dict(json.loads(file.read_text())) if launch.is_main() else {}
+
+
+def _show(content: dict[str, Any]) -> None:
+    rows = [{k: v for k, v in row.items() if k not in BOUNDS} for row in content["rows"]]
+    print(show(_title(content), rows), flush=True)
 
 
 def _subject(options: argparse.Namespace) -> Subject:
@@ -122,127 +139,6 @@ def _subject(options: argparse.Namespace) -> Subject:
     if text is not None:
         raise ConfigError(f"--shards {options.shards}: has text of any length: expected a set without, to count FLOPs")
     return Subject(model_config(_run(options, 1), shards.manifest), (video["height"], video["width"]), 1, shards)
-
-
-def _measure(
-    name: str, options: argparse.Namespace, subject: Subject, run: RunConfig, grid: ProcessGrid, matmul: float
-) -> dict[str, Any]:
-    """One row; a recipe that runs out of memory is a row that says so."""
-    launch.seed_everything(0)
-    torch.cuda.reset_peak_memory_stats()
-    model = subject.model
-    kernels = recipes.kernels_of(name, grid.device, model)
-    context = StepContext(run, grid, kernels, ChunkRule(model.frames_per_chunk, model.window, model.sink))
-    config = deepspeed_config(run, plan_batch(run.data.clips_per_step, grid.dp, 1), grid.world)
-    if name == "ours-zero1":
-        config = _stage1(run, grid)
-    if subject.shards is None:
-        source = synthetic_source(model, context, latent=subject.latent, text_tokens=subject.text_tokens)
-    else:
-        source = shard_source(subject.shards, model, context, WARM_UP + options.steps + 2)
-    engine = recipes.build(name, model, kernels, config, grid, options.recompute)
-    try:
-        with recipes.backend(name):
-            row = _timed(engine, source, context, options, name)
-    except torch.OutOfMemoryError:
-        return {"row": name, "ms": None, "note": "out of memory"}
-    finally:
-        engine.destroy()
-        del engine
-        gc.collect()
-        torch.cuda.empty_cache()
-    tokens = subject.latent[0] * subject.latent[1] // model.video.patch**2
-    per_gpu = forward_flops(model, options.frames, tokens, subject.text_tokens).training / grid.sp / 1e12
-    rate = per_gpu / (row["ms"] / 1000)
-    row |= {"TFLOP/s a GPU": rate, "of matmul": rate / matmul, f"of {DATASHEET_TFLOPS:.0f}": rate / DATASHEET_TFLOPS}
-    return row
-
-
-def _timed(
-    engine: Any, source: Source, context: StepContext, options: argparse.Namespace, name: str
-) -> dict[str, Any]:
-    """Seconds of `options.steps` steps after a warm-up, the host's part of them, and peak memory."""
-    losses = torch.zeros(CHECKED, device=context.grid.device)
-    norms: list[float] = []
-    count = 0
-
-    def record(_: Any, output: Any) -> None:
-        if count < CHECKED:
-            losses[count] += output.terms.total.detach()
-
-    def step() -> None:
-        nonlocal count
-        norm = train_step(engine, next(source.steps), context, count, record)
-        if count < CHECKED:
-            norms.append(float(norm))
-        count += 1
-
-    for _ in range(WARM_UP):
-        step()
-    torch.cuda.synchronize()
-    began, waited = time.perf_counter(), source.waited()
-    for _ in range(options.steps):
-        step()
-    torch.cuda.synchronize()
-    seconds = (time.perf_counter() - began) / options.steps
-    waited = (source.waited() - waited) / options.steps
-    busy = _busy_ms(step, options.profile if name == options.rows.split(",")[0] else None, context.grid)
-    gathered = _gathered_gb(engine.module, step)
-    if context.grid.world > 1:
-        dist.all_reduce(losses)
-    free, total = torch.cuda.mem_get_info()
-    return {
-        "row": name,
-        "ms": 1000 * seconds,
-        "GPU busy ms": busy,
-        "wait ms": 1000 * waited,
-        "peak GB": torch.cuda.max_memory_allocated() / 1e9,
-        "card GB": (total - free) / 1e9,
-        "gathered GB": gathered,
-        "losses": (losses / context.grid.world).tolist(),
-        "norms": norms,
-    }
-
-
-def _gathered_gb(module: nn.Module, step: Callable[[], None]) -> float | None:
-    """The most bytes of parameters that are whole on this rank when a unit begins, over one more step; None for a
-    module without gather units."""
-    units = [unit for unit in module.modules() if isinstance(unit, GatherUnit)]
-    most = 0
-
-    def look(unit: GatherUnit) -> tuple[torch.Tensor, ...]:
-        nonlocal most
-        flats = [parameter for one in units for parameter in one.parameters()]
-        most = max(most, sum(flat.numel() * flat.element_size() for flat in flats))
-        return tuple(getattr(unit, flat) for flat in unit.layout)
-
-    with mock.patch.object(GatherUnit, "_flats", look):
-        step()
-    return most / 1e9 if units else None
-
-
-def _busy_ms(step: Any, table: Path | None, grid: ProcessGrid) -> float:
-    """Milliseconds of a step in which some kernel ran, from a trace of one step, whose table goes to a file."""
-    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities if table else activities[:1]) as profiler:
-        step()
-        torch.cuda.synchronize()
-    spans = sorted(
-        (event.time_range.start, event.time_range.end)
-        for event in profiler.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA
-    )
-    busy, reached = 0.0, 0.0
-    for start, end in spans:
-        busy += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    if table and grid.rank == 0:
-        averages = profiler.key_averages()
-        parts = [averages.table(sort_by=f"self_{kind}_time_total", row_limit=60, max_name_column_width=90)
-                 for kind in ("cuda", "cpu")]  # fmt: skip
-        table.parent.mkdir(parents=True, exist_ok=True)
-        table.write_text("\n".join(parts) + f"\n{len(spans)} kernels and copies\n")
-    return busy / 1000
 
 
 def _run(options: argparse.Namespace, clips: int) -> RunConfig:
@@ -260,11 +156,6 @@ def _run(options: argparse.Namespace, clips: int) -> RunConfig:
     return validate(RunConfig, values, "tools.bench_step")
 
 
-def _stage1(run: RunConfig, grid: ProcessGrid) -> dict[str, Any]:
-    changed = run.model_copy(update={"deepspeed": str(ROOT / "ds_configs" / "zero1.json")})
-    return deepspeed_config(changed, plan_batch(run.data.clips_per_step, grid.dp, 1), grid.world)
-
-
 def _slowest(rate: float, grid: ProcessGrid) -> float:
     """The rate of the slowest rank: that is who the others wait for."""
     found = torch.tensor([rate], device=grid.device)
@@ -277,6 +168,10 @@ def _agree(found: list[float], first: list[float], bound: float) -> bool:
     return all(abs(a - b) <= bound * abs(b) for a, b in zip(found, first, strict=True))
 
 
+def _path(text: str) -> Path | None:
+    return Path(text) if text else None
+
+
 def _size(text: str) -> tuple[int, int]:
     parts = text.split("x")
     if len(parts) != 2 or not all(part.isdigit() and int(part) % 2 == 0 and int(part) > 0 for part in parts):
@@ -284,11 +179,12 @@ def _size(text: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[1])
 
 
-def _title(options: argparse.Namespace, grid: ProcessGrid, matmul: float) -> str:
+def _title(content: dict[str, Any]) -> str:
+    options, machine = content["options"], content["machine"]
     return (
-        f"{options.preset}, {options.frames} frames of {options.latent}, "
-        f"{grid.world} x {torch.cuda.get_device_name()}, SP {grid.sp}, recompute {options.recompute}, "
-        f"matmul {matmul:.0f} TFLOP/s"
+        f"{options['preset']}, {options['frames']} frames of {options['latent']}, {machine['gpus']} x "
+        f"{machine['device']}, SP {options['sequence']}, recompute {options['recompute']}, "
+        f"matmul {content['matmul_tflops']:.0f} TFLOP/s"
     )
 
 

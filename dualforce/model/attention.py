@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dualforce.model.layers import XavierLinear, ZeroLinear
+from dualforce.model.layers import XavierLinear, ZeroLinear, linear
 from dualforce.model.path import Path, Site
 from dualforce.model.rope import Rotary
 from megatron_ext.kernels.kernel_set import KernelSet
@@ -27,12 +27,16 @@ class HeadNorm(nn.Module):
 
 
 class Heads(NamedTuple):
-    """How a projection becomes heads."""
+    """Products on token streams, and how they become heads."""
 
     kernels: KernelSet
     heads: int
     eps: float
     interleaved: bool = True
+
+    def project(self, layer: nn.Linear, x: Tensor) -> Tensor:
+        """layer(x), [...,D] -> [...,D']."""
+        return linear(x, layer.weight, layer.bias, self.kernels)
 
     def split(self, x: Tensor, parts: int, norms: Sequence[HeadNorm], rotary: Rotary | None) -> tuple[Tensor, ...]:
         """x [B,F,T,parts*D] -> `parts` tensors [B,F,T,N,K]; the first len(norms) normed, and rotated given `rotary`."""
@@ -56,8 +60,8 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, rotary: Rotary, path: Path) -> Tensor:
         """x [B,F,T,D] -> [B,F,T,D]."""
-        q, k, v = self._heads.split(self.qkv(x), 3, (self.norm_q, self.norm_k), rotary)
-        return self.o(path(self._site, q, k, v).flatten(-2))
+        q, k, v = self._heads.split(self._heads.project(self.qkv, x), 3, (self.norm_q, self.norm_k), rotary)
+        return self._heads.project(self.o, path(self._site, q, k, v).flatten(-2))
 
 
 class TextAttention(nn.Module):
@@ -74,10 +78,10 @@ class TextAttention(nn.Module):
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
         """x [B,F,T,D], text [B,E,D] -> [B,F,T,D]."""
-        (q,) = self._heads.split(self.q(x), 1, (self.norm_q,), None)
-        k, v = self._heads.split(self.kv(text)[:, None], 2, (self.norm_k,), None)
+        (q,) = self._heads.split(self._heads.project(self.q, x), 1, (self.norm_q,), None)
+        k, v = self._heads.split(self._heads.project(self.kv, text)[:, None], 2, (self.norm_k,), None)
         out = self._heads.kernels.attend(q.flatten(1, 2), k[:, 0], v[:, 0])
-        return self.o(out.flatten(-2)).view_as(x)
+        return self._heads.project(self.o, out.flatten(-2)).view_as(x)
 
 
 class BridgeAttention(nn.Module):
@@ -96,6 +100,6 @@ class BridgeAttention(nn.Module):
 
     def forward(self, x: Tensor, other: Tensor, x_rotary: Rotary, other_rotary: Rotary, path: Path) -> Tensor:
         """x [B,F,Tx,D], other [B,F,Ty,D'] -> [B,F,Tx,D]."""
-        (q,) = self._heads.split(self.q(x), 1, (self.norm_q,), x_rotary)
-        k, v = self._heads.split(self.kv(other), 2, (self.norm_k,), other_rotary)
-        return self.o(path(self._site, q, k, v).flatten(-2))
+        (q,) = self._heads.split(self._heads.project(self.q, x), 1, (self.norm_q,), x_rotary)
+        k, v = self._heads.split(self._heads.project(self.kv, other), 2, (self.norm_k,), other_rotary)
+        return self._heads.project(self.o, path(self._site, q, k, v).flatten(-2))

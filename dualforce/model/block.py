@@ -27,7 +27,7 @@ class Block(nn.Module):
         if config.text:
             self.norm3 = nn.LayerNorm(dim, eps=eps)
             self.cross_attn = TextAttention(dim, heads, eps, kernels)
-        self.ffn = Mlp(dim, config.ffn)
+        self.ffn = Mlp(dim, config.ffn, kernels)
         self._text, self._eps, self._kernels = config.text, eps, kernels
 
     def forward(self, x: Tensor, t_mod: Tensor, text: Tensor, rotary: Rotary, path: Path) -> Tensor:

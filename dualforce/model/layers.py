@@ -1,4 +1,4 @@
-"""Linear layers that initialise themselves, and sinusoids.
+"""Linear layers that initialise themselves, their products on token streams, and sinusoids.
 
 ZeRO-3 partitions a module right after its own `__init__`, so a parent cannot overwrite a child's weights: every leaf
 sets its own start in `reset_parameters`.
@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
+
+from megatron_ext.kernels.kernel_set import KernelSet
 
 
 class XavierLinear(nn.Linear):
@@ -51,33 +54,80 @@ class WideZeroLinear(ZeroLinear):
         return functional.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
-class Mlp(nn.Sequential):
-    """W2 gelu(W1 x + b1) + b2, tanh form. The backward computes the activation again from W1 x + b1: one elementwise
-    pass instead of the largest tensor of a block."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor, kernels: KernelSet) -> Tensor:
+    """[...,D] -> [...,D']: weight x + bias. The gradient of the bias, a sum over all tokens, is the kernels'."""
+    out: Tensor = _Linear.apply(x, weight, bias, kernels)
+    return out
 
-    def __init__(self, dim: int, hidden: int) -> None:
+
+class Mlp(nn.Sequential):
+    """W2 gelu(W1 x + b1) + b2, tanh form. The backward reads W1 x + b1 anyway, so it computes the activation from it
+    again instead of keeping a tensor that large."""
+
+    def __init__(self, dim: int, hidden: int, kernels: KernelSet) -> None:
         super().__init__(XavierLinear(dim, hidden), nn.GELU(approximate="tanh"), XavierLinear(hidden, dim))
+        self._kernels = kernels
 
     def forward(self, x: Tensor) -> Tensor:
         """[...,D] -> [...,D]."""
         first, _, second = self
-        out: Tensor = _GeluLinear.apply(first(x), second.weight, second.bias)
+        out: Tensor = _Mlp.apply(x, first.weight, first.bias, second.weight, second.bias, self._kernels)
         return out
 
 
-class _GeluLinear(torch.autograd.Function):
+class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(hidden, weight)
-        return functional.linear(functional.gelu(hidden, approximate="tanh"), weight, bias)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, kernels: KernelSet) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.kernels = kernels
+        return functional.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        hidden, weight = ctx.saved_tensors
-        rows = grad.flatten(0, -2)
-        by_weight = rows.t() @ functional.gelu(hidden, approximate="tanh").flatten(0, -2)
-        by_hidden = torch.ops.aten.gelu_backward(grad @ weight, hidden, approximate="tanh")
-        return by_hidden, by_weight, rows.sum(0)
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        rows = _rows(grad)
+        return (
+            (rows @ weight).view_as(x) if wants_x else None,
+            rows.t() @ _rows(x) if wants_weight else None,
+            ctx.kernels.column_sum(rows) if wants_bias else None,
+            None,
+        )
+
+
+class _Mlp(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight_1: Tensor, bias_1: Tensor, weight_2: Tensor, bias_2: Tensor, kernels: KernelSet
+    ) -> Tensor:
+        hidden = functional.linear(x, weight_1, bias_1)
+        ctx.save_for_backward(x, hidden, weight_1, weight_2)
+        ctx.kernels = kernels
+        return functional.linear(functional.gelu(hidden, approximate="tanh"), weight_2, bias_2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, hidden, weight_1, weight_2 = ctx.saved_tensors
+        wants_x, wants_weight_1, wants_bias_1, wants_weight_2, wants_bias_2, _ = ctx.needs_input_grad
+        rows = _rows(grad)
+        activation, by_hidden, by_bias_1 = ctx.kernels.gelu_backward(_rows(hidden), rows @ weight_2)
+        by_weight_2 = rows.t() @ activation if wants_weight_2 else None
+        del activation  # as large as hidden
+        return (
+            (by_hidden @ weight_1).view_as(x) if wants_x else None,
+            by_hidden.t() @ _rows(x) if wants_weight_1 else None,
+            by_bias_1 if wants_bias_1 else None,
+            by_weight_2,
+            ctx.kernels.column_sum(rows) if wants_bias_2 else None,
+            None,
+        )
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[...,D] -> [N,D]."""
+    return x.reshape(-1, x.shape[-1])
 
 
 def sinusoid(sigma: Tensor, dim: int) -> Tensor:

@@ -32,12 +32,14 @@ def main() -> None:
         job, start = _prepare(run, out, arguments.resume)
     except ValueError as error:  # ConfigError and ShardError too; every rank meets the same one
         _leave(error, launch.is_main())
+    from dualforce.train.engine import close_engine
     from dualforce.train.loop import train
 
     try:
         train(job, start)
     except ShardError as error:  # a clip's; only the ranks that share the clip meet it, and the first of them speaks
         _leave(error, job.context.grid.sp_rank == 0)
+    close_engine(job.engine)
     launch.finish()
 
 

@@ -20,13 +20,14 @@ from dualforce.model.placement import Place
 from dualforce.train.gather_unit import FLAT, GatherUnit, is_matrix
 from dualforce.train.graphed import GraphPool
 from dualforce.train.recompute import Recompute
+from dualforce.train.zero3 import fill_sizes, lean_step
 from megatron_ext.kernels.apex import fused_adam
 from megatron_ext.parallel.grid import ProcessGrid
 
 logger = logging.getLogger(__name__)
 
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-SECTIONS = ("fp16", "bf16", "zero_optimization", "optimizer", "scheduler")
+SECTIONS = ("fp16", "bf16", "data_types", "zero_optimization", "optimizer", "scheduler")
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,9 @@ def deepspeed_config(run: RunConfig, plan: BatchPlan, world: int) -> dict[str, A
     config["train_micro_batch_size_per_gpu"] = plan.micro_batch
     config["gradient_accumulation_steps"] = plan.accumulation
     config["train_batch_size"] = plan.micro_batch * plan.accumulation * world
+    if config.get("data_types", {}).get("grad_accum_dtype") == "auto":
+        # Gradients come in the model's dtype: a single one needs no more to be kept exactly.
+        config["data_types"]["grad_accum_dtype"] = "bf16" if plan.accumulation == 1 and _bf16(config) else "fp32"
     schedule = config.get("scheduler", {}).get("params", {})
     if schedule.get("total_num_steps") == "auto":
         schedule["total_num_steps"] = run.train.steps
@@ -79,7 +83,11 @@ def deepspeed_config(run: RunConfig, plan: BatchPlan, world: int) -> dict[str, A
 
 def compute_dtype(config: Mapping[str, Any]) -> torch.dtype:
     """bf16 when the DeepSpeed configuration enables it, else fp32."""
-    return torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
+    return torch.bfloat16 if _bf16(config) else torch.float32
+
+
+def _bf16(config: Mapping[str, Any]) -> bool:
+    return bool(config.get("bf16", {}).get("enabled"))
 
 
 def build_engine(
@@ -113,7 +121,22 @@ def build_engine(
     optimizer = apex_adam(groups, config) if grid.device.type == "cuda" else None
     if optimizer is not None:
         config = {key: value for key, value in config.items() if key != "optimizer"}
-    return deepspeed.initialize(model=module, model_parameters=groups, optimizer=optimizer, config=config)[0]
+    if stage == 3:
+        units: list[Any] = [unit for unit in module.modules() if isinstance(unit, GatherUnit)]
+        config = fill_sizes(config, [sum(flat.ds_numel for flat in unit.parameters()) for unit in units])
+    engine = deepspeed.initialize(model=module, model_parameters=groups, optimizer=optimizer, config=config)[0]
+    if stage == 3:
+        lean_step(engine)
+    return engine
+
+
+def close_engine(engine: Any) -> None:
+    """Let go of the engine, its CUDA graphs first: NCCL waits for those that hold its exchanges before it leaves a
+    process group, for ever."""
+    for unit in engine.module.modules():
+        if isinstance(unit, GatherUnit):
+            unit.drop_graphs()
+    engine.destroy()
 
 
 def apex_adam(groups: list[dict[str, Any]], config: Mapping[str, Any]) -> Any:

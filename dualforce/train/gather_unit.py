@@ -81,6 +81,11 @@ class GatherUnit(nn.Module):
         with self._places() if self._partitioned else _nothing():
             return self._run(self._flats(), *args)
 
+    def drop_graphs(self) -> None:
+        """Give up the CUDA graphs; the unit cannot run again."""
+        if self._graph is not None:
+            self._graph.drop()
+
     def _flats(self) -> tuple[Tensor, ...]:
         return tuple(getattr(self, flat) for flat in self.layout)
 

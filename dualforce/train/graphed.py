@@ -40,6 +40,8 @@ class Recording(Protocol):
 
     def repeat(self) -> None: ...
 
+    def drop(self) -> None: ...
+
 
 class _CudaRecording:
     def __init__(self, stream: torch.cuda.Stream, handle: Any) -> None:
@@ -64,6 +66,9 @@ class _CudaRecording:
 
     def repeat(self) -> None:
         self._graph.replay()
+
+    def drop(self) -> None:
+        self._graph.reset()
 
 
 class GraphPool:
@@ -142,6 +147,12 @@ class UnitGraph:
         return _Replayed.apply(captured, flats, *flats(), *_tensors(args))
 
 
+    def drop(self) -> None:
+        """Give up the graphs; the unit cannot run again."""
+        if self._captured is not None:
+            self._captured[1].drop()
+
+
 class _Captured:
     """The two graphs of a unit and the tensors that they were recorded with."""
 
@@ -191,6 +202,11 @@ class _Captured:
         self._backward.repeat()
         own = [None if grad is None else grad.clone() for grad in self._below[: len(flats)]]
         return (*own, *(None if grad is None else grad.detach() for grad in self._below[len(flats) :]))
+
+    def drop(self) -> None:
+        for recording in (self._forward, self._backward):
+            if recording is not None:
+                recording.drop()
 
     def _work(self) -> Tensors:
         # With gradients also where they are thrown away: the same kernels as in the passes before, compiled by now.

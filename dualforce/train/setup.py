@@ -70,10 +70,13 @@ def model_config(run: RunConfig, manifest: dict[str, Any]) -> ModelConfig:
 
 
 def with_graphs(run: RunConfig, kernels: KernelSet) -> bool:
-    """Whether layers run as CUDA graphs: as the run file says; where it is silent, where that has been measured."""
+    """Whether layers run as CUDA graphs: as the run file says; where it is silent, with the fused kernels.
+
+    FlexAttention compiles when it meets a new length, which no capture can hold; what waits in host memory, neither.
+    """
     if run.parallel.graphs is not None:
         return run.parallel.graphs
-    chosen = kernels.name == "fused" and run.parallel.recompute == "none"
+    chosen = kernels.name == "fused" and run.parallel.recompute != "offload"
     logger.info(
         "CUDA graphs: %s, with kernels %s and recompute %s (parallel.graphs decides otherwise)",
         "on" if chosen else "off", kernels.name, run.parallel.recompute,

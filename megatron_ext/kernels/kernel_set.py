@@ -15,6 +15,7 @@ from megatron_ext.kernels.adaln import reference as adaln_reference
 from megatron_ext.kernels.apex import fused_layer_norm
 from megatron_ext.kernels.attention import reference as attention_reference
 from megatron_ext.kernels.attention.flash import DTYPES, HEAD_DIMS, FlashAttention, FlashUnavailable
+from megatron_ext.kernels.linear import reference as linear_reference
 from megatron_ext.kernels.qk_norm_rope import reference as rope_reference
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,8 @@ class KernelSet:
     adaln_residual: Callable[..., tuple[Tensor, Tensor]]
     layer_norm: Callable[..., Tensor]
     split_heads: Callable[..., tuple[Tensor, ...]]
+    column_sum: Callable[..., Tensor]
+    gelu_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     frame_causal: Callable[..., Tensor]
     attend: Callable[..., Tensor]
 
@@ -78,6 +81,8 @@ def _reference(dtype: torch.dtype) -> KernelSet:
         adaln_residual=adaln_reference.adaln_residual,
         layer_norm=adaln_reference.layer_norm,
         split_heads=rope_reference.split_heads,
+        column_sum=linear_reference.column_sum,
+        gelu_backward=linear_reference.gelu_backward,
         frame_causal=attention_reference.frame_causal,
         attend=attention_reference.attend,
     )
@@ -99,6 +104,7 @@ def _named(name: str, device: torch.device, dtype: torch.dtype, head_dims: Mappi
         raise KernelsUnavailable(f"{here}: head size {shown}; expected one of {HEAD_DIMS}; use reference")
     try:
         adaln = importlib.import_module("megatron_ext.kernels.adaln.triton")
+        linear = importlib.import_module("megatron_ext.kernels.linear.triton")
         rope = importlib.import_module("megatron_ext.kernels.qk_norm_rope.triton")
     except ImportError as error:
         raise KernelsUnavailable(f"{here}: Triton does not import ({error}); install it or use reference") from None
@@ -117,6 +123,8 @@ def _named(name: str, device: torch.device, dtype: torch.dtype, head_dims: Mappi
         adaln_residual=adaln.adaln_residual,
         layer_norm=fused_layer_norm() or adaln.layer_norm,
         split_heads=rope.split_heads,
+        column_sum=linear.column_sum,
+        gelu_backward=linear.gelu_backward,
         frame_causal=attention.frame_causal,
         attend=attention.attend,
     )

@@ -84,3 +84,6 @@ def test_auto_takes_the_fastest_that_can(
     with caplog.at_level(logging.INFO):
         chosen = select_kernels("auto", CUDA, torch.bfloat16, sizes)
     assert chosen.name == expected and f"kernels: {expected}, chosen" in caplog.text
+    backend = "reference" if expected == "reference" else "triton"
+    for kernel in (chosen.adaln, chosen.split_heads, chosen.column_sum, chosen.gelu_backward):
+        assert kernel.__module__.endswith(f".{backend}")

@@ -18,7 +18,9 @@ from dualforce.train.setup import model_config
 from dualforce.train.step import StepContext
 from megatron_ext.kernels.kernel_set import select_kernels
 from megatron_ext.parallel.grid import ProcessGrid
+from tools import bench_step
 from tools.bench.clips import shard_source, synthetic_source
+from tools.bench.trace import Span, busy_ms, gaps
 from tools.bench_step import parser
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,3 +84,36 @@ def test_wrong_input_is_one_line(arguments: list[str], message: str) -> None:
 def test_defaults_are_the_documented_ones() -> None:
     options = parser().parse_args([])
     assert (options.preset, options.frames, options.latent, options.rows) == ("mova-lite", 20, "64x64", "ours")
+
+
+def test_idle_times_are_what_nothing_covers() -> None:
+    spans = [Span(0, 10, "a"), Span(2, 4000, "b"), Span(5, 6, "c"), Span(5000, 7000, "d"), Span(7500, 8000, "e")]
+    assert busy_ms(spans) == 6.5
+    assert gaps(spans) == [(1.0, 4.0, "b", "d"), (0.5, 7.0, "d", "e")]
+
+
+def row(name: str, **other: object) -> dict[str, object]:
+    only = {"row": name, "ms": 1.0, "losses": [3.0, 2.0, 1.0], "norms": [1.0, 1.0, 1.0]} | other
+    return {"machine": {"device": "none", "gpus": 1}, "matmul_tflops": 800.0, "rows": [only]}
+
+
+def test_rows_that_agree_are_shown_together(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = {"ours": row("ours"), "usual": row("usual", losses=[3.01, 2.0, 1.0]), "plan": row("plan", ms=None)}
+    for lost in ("losses", "norms"):
+        del made["plan"]["rows"][0][lost]  # type: ignore[index,attr-defined]  # it ran out of memory
+    monkeypatch.setattr(bench_step, "_child", lambda name, *_: made[name])
+    content = bench_step._in_turn(list(made), parser().parse_args([]))
+    assert [found["row"] for found in content["rows"]] == list(made)
+    assert "usual" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", [{"losses": [3.0, 2.0, 1.1]}, {"norms": [1.0, 1.2, 1.0]}])
+def test_a_row_that_computes_something_else_is_refused(
+    monkeypatch: pytest.MonkeyPatch, wrong: dict[str, list[float]]
+) -> None:
+    made = {"ours": row("ours"), "usual": row("usual", **wrong)}
+    monkeypatch.setattr(bench_step, "_child", lambda name, *_: made[name])
+    with pytest.raises(SystemExit, match=r"usual: (losses|norms) .* are not those of ours"):
+        bench_step._in_turn(list(made), parser().parse_args([]))

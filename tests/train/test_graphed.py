@@ -38,11 +38,15 @@ class Again:
     """Stands for a CUDA graph: `repeat` does the work anew and writes the results where the first ones are."""
 
     count = 0
+    dropped = 0
 
     def record(self, work: Callable[[], Any]) -> Any:
         self.work, self.owner = work, work.__self__  # type: ignore[attr-defined]
         self.results, self.first = work(), True
         return self.results
+
+    def drop(self) -> None:
+        Again.dropped += 1
 
     def repeat(self) -> None:
         Again.count += 1
@@ -187,3 +191,14 @@ def test_other_shapes_constants_and_evaluation_run_as_they_are() -> None:
     assert Again.count == 0
     run(list(units), 11)
     assert Again.count == 2 * len(units)
+
+
+def test_graphs_are_given_up_once() -> None:
+    _, units = made("none")
+    for step in range(WARM_UP + 1):
+        run(list(units), step)
+    Again.dropped = 0
+    for unit in units:
+        unit.drop_graphs()
+    assert Again.dropped == 2 * len(units)  # forward and backward
+    GatherUnit(nn.Linear(2, 2)).drop_graphs()  # without graphs there is nothing to give up

@@ -48,6 +48,8 @@ def kernels_of(name: str, device: torch.device, model: ModelConfig) -> KernelSet
     plain = select_kernels("reference", device, torch.bfloat16)
     if name == "plan":
         return replace(plain, name=name, frame_causal=_dense_mask)
+    # One compiled version for each shape, and no falling back to eager after the eighth.
+    torch._dynamo.config.recompile_limit = 64
     compiled: dict[str, Any] = {
         kernel: torch.compile(getattr(plain, kernel), dynamic=False)
         for kernel in ("adaln", "gated_residual", "adaln_residual", "layer_norm", "split_heads")

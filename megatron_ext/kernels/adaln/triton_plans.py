@@ -32,15 +32,12 @@ def norm_forward_plan(width: int, itemsize: int, streams: int) -> Plan:
     if width > 6144:
         return Plan(rows, block, tail, 16, _stages(rows * step, 3), PROCESSORS)
     if width > 2048 and streams == 1:
-        return Plan(1, block, tail, 4, _stages(step, 3), PROCESSORS * 3)
+        return Plan(1, block, tail, 8, _stages(step, 3), PROCESSORS * 4)
     if width > 2048:
-        return Plan(2, block, tail, 8, _stages(2 * step, 4), PROCESSORS * 2)
-    warps = power_of_two(min(16, max(1, (block + tail) // 384)))
-    if streams == 1:
-        return Plan(rows, block, tail, warps, _stages(rows * step, 3), PROCESSORS * max(1, 28 // warps))
-    if width > 1024:
-        block, tail = power_of_two(width), 0
-    return Plan(rows, block, tail, warps, _stages(rows * step, 3), PROCESSORS * max(1, 40 // warps))
+        return Plan(1, block, tail, 8, _stages(step, 4), PROCESSORS * 3)
+    warps = 1 if width <= 1536 else 2  # one warp for a row as long as its values fit into registers
+    programs = PROCESSORS * (20 if streams == 1 else 12) // warps
+    return Plan(rows, block, tail, warps, _stages(rows * step, 3), programs)
 
 
 def norm_backward_plan(width: int, itemsize: int, streams: int) -> Plan:
@@ -51,12 +48,12 @@ def norm_backward_plan(width: int, itemsize: int, streams: int) -> Plan:
     if width > 6144:
         return Plan(rows, block, tail, 32, _stages(rows * step, 3), PROCESSORS)
     if width > 2048:
-        return Plan(1, block, tail, 8, _stages(step, 4 if streams == 2 else 3), PROCESSORS)
+        return Plan(1, block, tail, 4 if streams == 2 else 8, _stages(step, 4 if streams == 2 else 3), PROCESSORS)
     if width > 1024:
         block, tail = power_of_two(width), 0
     warps = power_of_two(min(4, max(1, (block + tail) // 384)))
-    programs = PROCESSORS * max(1, (16 if streams == 2 else 12) // warps)
-    return Plan(rows, block, tail, warps, _stages(rows * step, 3), programs)
+    programs = PROCESSORS * max(1, (8 if streams == 2 else 12) // warps)
+    return Plan(rows, block, tail, warps, _stages(rows * step, 4 if streams == 2 else 3), programs)
 
 
 def gate_forward_plan(width: int, itemsize: int) -> Plan:
