@@ -74,9 +74,6 @@ def keep_compiled_kernels() -> None:
 def _defaults(cuda: bool) -> None:
     if cuda:
         keep_compiled_kernels()
-        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-            # Blocks that grow in place: clips of several lengths and the first steps do not leave memory in pieces.
-            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     alone = "RANK" not in os.environ
     world = os.environ.setdefault("WORLD_SIZE", "1")
     os.environ.setdefault("RANK", "0")
@@ -91,6 +88,12 @@ def _defaults(cuda: bool) -> None:
         if os.environ["LOCAL_WORLD_SIZE"] == world and "lo" in (name for _, name in socket.if_nameindex()):
             # All ranks are here: do not depend on the machine's name resolving to a reachable address.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
+def expandable_segments() -> bool:
+    """Whether the environment asks torch for memory that grows in place."""
+    settings = (os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
+    return any("expandable_segments:true" in setting.replace(" ", "").lower() for setting in settings)
 
 
 def child_environment(number: int) -> dict[str, str]:

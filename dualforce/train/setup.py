@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from data_shards.reader import ShardReader, ShardSet
+from dualforce import launch
 from dualforce.config import ConfigError, ModelConfig, RunConfig
 from dualforce.config_errors import describe
 from dualforce.data.loader import StepLoader
@@ -73,14 +74,20 @@ def with_graphs(run: RunConfig, kernels: KernelSet) -> bool:
     """Whether layers run as CUDA graphs: as the run file says; where it is silent, with the fused kernels.
 
     FlexAttention compiles when it meets a new length, which no capture can hold; what waits in host memory, neither.
+    ConfigError where graphs would hold exchanges in expandable memory, which was seen to hang.
     """
-    if run.parallel.graphs is not None:
-        return run.parallel.graphs
-    chosen = kernels.name == "fused" and run.parallel.recompute != "offload"
-    logger.info(
-        "CUDA graphs: %s, with kernels %s and recompute %s (parallel.graphs decides otherwise)",
-        "on" if chosen else "off", kernels.name, run.parallel.recompute,
-    )  # fmt: skip
+    chosen = run.parallel.graphs
+    if chosen is None:
+        chosen = kernels.name == "fused" and run.parallel.recompute != "offload"
+        logger.info(
+            "CUDA graphs: %s, with kernels %s and recompute %s (parallel.graphs decides otherwise)",
+            "on" if chosen else "off", kernels.name, run.parallel.recompute,
+        )  # fmt: skip
+    if chosen and run.parallel.sequence > 1 and launch.expandable_segments():
+        raise ConfigError(
+            f"parallel.sequence = {run.parallel.sequence} with CUDA graphs and expandable_segments:True in "
+            "PYTORCH_ALLOC_CONF: NCCL hangs; expected the variable without it, or parallel.graphs = false"
+        )
     return chosen
 
 

@@ -26,17 +26,18 @@ class Plan(NamedTuple):
 def norm_forward_plan(width: int, itemsize: int, streams: int) -> Plan:
     """For `adaln` (1 wide tensor read) and `adaln_residual` (2). A token's row stays in registers; the next rows travel
     to shared memory meanwhile. Few warps a program and several programs a processor, so that some load while others
-    compute."""
+    compute; and several waves of them, as a short slab costs one reading of its modulation and a long one idle
+    processors at the end."""
     block, tail = _lanes(width)
     rows, step = max(1, min(16, 1024 // power_of_two(width))), width * itemsize * streams
     if width > 6144:
         return Plan(rows, block, tail, 16, _stages(rows * step, 3), PROCESSORS)
     if width > 2048 and streams == 1:
-        return Plan(1, block, tail, 8, _stages(step, 3), PROCESSORS * 4)
+        return Plan(1, block, tail, 4, _stages(step, 3), PROCESSORS * 12)
     if width > 2048:
-        return Plan(1, block, tail, 8, _stages(step, 4), PROCESSORS * 3)
+        return Plan(1, block, tail, 8, _stages(step, 4), PROCESSORS * 8)
     warps = 1 if width <= 1536 else 2  # one warp for a row as long as its values fit into registers
-    programs = PROCESSORS * (20 if streams == 1 else 12) // warps
+    programs = PROCESSORS * (60 if streams == 1 else 32) // warps
     return Plan(rows, block, tail, warps, _stages(rows * step, 3), programs)
 
 
