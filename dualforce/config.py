@@ -135,6 +135,11 @@ class DataConfig(Section):
     clips_per_step: int = Field(default=8, ge=1, description="clips of one optimizer step over all ranks")
     max_micro_batch: int = Field(default=8, ge=1, description="clips per forward on one data-parallel rank, at most")
     prefetch: int = Field(default=2, ge=1, description="steps read ahead")
+    max_damaged: int = Field(
+        default=0,
+        ge=0,
+        description="damaged clips that a data-parallel rank replaces by others; the next ends the run",
+    )
 
 
 class NoiseConfig(Section):

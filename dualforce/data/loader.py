@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from data_shards.reader import ShardReader
+from data_shards.schema import ClipSample, ShardError
 from dualforce.config import ConfigError, DataConfig
 from dualforce.data.collate import collate
-from dualforce.data.order import ClipRef, clips_of_step
+from dualforce.data.order import ClipRef, clips_of_rank, replacements
 from dualforce.data.statistics import StreamStatistics
 from dualforce.types import ClipBatch
 
 ItemT = TypeVar("ItemT")
+
+
+class Damaged(NamedTuple):
+    """A clip that could not be read: the step (from 0) that met it, its key, and the reason with shard and member."""
+
+    step: int
+    key: str
+    reason: str
 
 
 class StepLoader(Generic[ItemT]):
@@ -27,8 +37,10 @@ class StepLoader(Generic[ItemT]):
     in micro-batches of `micro_batch`. All ranks of a sequence-parallel group pass the same `dp_rank` and get the same
     clips.
 
-    Up to `data.prefetch` finished steps wait in memory. A fault while reading (ShardError of a damaged clip) is raised
-    where the step would have come, after the steps before it. The thread ends with the iteration, also one left early.
+    Up to `data.prefetch` finished steps wait in memory. The thread ends with the iteration, also one left early. A clip
+    that cannot be read is replaced (`order.replacements`: equal damage gives equal clips on every rank) and told of in
+    `damaged`, up to `data.max_damaged` of them; the next is raised as a ShardError where the step would have come,
+    after the steps before it.
     Raises ConfigError for sizes that do not divide, a crop longer than the clips, or a split without clips.
     """
 
@@ -50,14 +62,15 @@ class StepLoader(Generic[ItemT]):
     ) -> None:
         _check(reader, data, dp_rank, dp_size, micro_batch)
         self.wait_seconds = 0.0  # time the consumer waited for data, over all steps
+        self.damaged: list[Damaged] = []  # clips that could not be read, as they were met; the thread is ahead
+        self._unreadable: set[int] = set()
         self._reader = reader
         self._statistics = statistics
         self._data = data
         self._context = context
         self._text_dim = text_dim
         self._seed = seed
-        self._per_rank = data.clips_per_step // dp_size
-        self._first = dp_rank * self._per_rank
+        self._dp_rank, self._dp_size = dp_rank, dp_size
         self._micro_batch = micro_batch
         self._steps = range(start_step, stop_step)
         self._finish = finish
@@ -81,9 +94,9 @@ class StepLoader(Generic[ItemT]):
 
     def step(self, step: int) -> list[ClipBatch]:
         """Read and collate the micro-batches of one step, here and now."""
-        refs = clips_of_step(step, self._data.clips_per_step, len(self._reader), self._seed)
-        own = refs[self._first : self._first + self._per_rank]
-        return [self._batch(own[i : i + self._micro_batch]) for i in range(0, self._per_rank, self._micro_batch)]
+        clips, count = self._data.clips_per_step, len(self._reader)
+        own = clips_of_rank(step, clips, count, self._seed, self._dp_rank, self._dp_size)
+        return [self._batch(step, own[i : i + self._micro_batch]) for i in range(0, len(own), self._micro_batch)]
 
     def close(self) -> None:
         """Stop reading ahead and wait for the thread to end; the iteration ends too. Harmless when nothing runs."""
@@ -91,9 +104,28 @@ class StepLoader(Generic[ItemT]):
             self._ahead.close()
             self._ahead = None
 
-    def _batch(self, refs: list[ClipRef]) -> ClipBatch:
-        samples = [self._reader.read(ref.index) for ref in refs]
+    def _batch(self, step: int, refs: list[ClipRef]) -> ClipBatch:
+        samples = [self._read(step, ref) for ref in refs]
         return collate(samples, refs, self._statistics, self._data.frames, self._context, self._text_dim)
+
+
+    def _read(self, step: int, ref: ClipRef) -> ClipSample:
+        for choice in itertools.chain((ref,), replacements(ref, len(self._reader), self._seed)):
+            if choice.index in self._unreadable:
+                continue
+            try:
+                return self._reader.read(choice.index)
+            except ShardError as error:
+                if len(self._unreadable) >= self._data.max_damaged:
+                    raise self._too_many(error) from None
+                self._unreadable.add(choice.index)
+                self.damaged.append(Damaged(step, self._reader.keys[choice.index], str(error)))
+        raise ShardError(f"{self._reader.root}: all {len(self._reader)} clips of the split are damaged: expected some")
+
+    def _too_many(self, error: ShardError) -> ShardError:
+        if not self._data.max_damaged:
+            return error
+        return ShardError(f"{error}; {self._data.max_damaged} before it: expected no more than data.max_damaged")
 
 
 def _check(reader: ShardReader, data: DataConfig, dp_rank: int, dp_size: int, micro_batch: int) -> None:

@@ -7,6 +7,7 @@ once per epoch, and resuming needs the step alone.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,30 @@ class ClipRef(NamedTuple):
     epoch: int
     position: int
     index: int  # type: ignore[assignment]  # hides tuple.index, which nothing needs
+
+
+def clips_of_rank(
+    step: int, clips_per_step: int, count: int, seed: int, dp_rank: int, dp_size: int
+) -> list[ClipRef]:
+    """The part of data-parallel rank `dp_rank` in step `step`: clips dp_rank * n to (dp_rank + 1) * n - 1 of
+    `clips_of_step`, n = clips_per_step / dp_size.
+
+    Raises ValueError where the ranks do not divide the clips, and as `clips_of_step`.
+    """
+    if dp_size < 1 or clips_per_step % dp_size or not 0 <= dp_rank < dp_size:
+        raise ValueError(
+            f"rank {dp_rank} of {dp_size}, clips_per_step {clips_per_step}: expected 0 <= rank < size, and a multiple"
+        )
+    each = clips_per_step // dp_size
+    return clips_of_step(step, clips_per_step, count, seed)[dp_rank * each : (dp_rank + 1) * each]
+
+
+def replacements(ref: ClipRef, count: int, seed: int) -> Iterator[ClipRef]:
+    """What takes the place of a clip that cannot be read, in order: the clips that follow it in its epoch's order, from
+    the last on to the first. The position stays, and with it the noise."""
+    order = permutation(seed, ref.epoch, count)
+    for further in range(1, count):
+        yield ref._replace(index=int(order[(ref.position + further) % count]))
 
 
 def permutation(seed: int, epoch: int, count: int) -> NDArray[np.int64]:

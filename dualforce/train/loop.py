@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dualforce.codecs.registry import video_codec
 from dualforce.data.loader import StepLoader
 from dualforce.train.checkpoint import SavedState, save
+from dualforce.train.damage import DamageReport
 from dualforce.train.metrics import RunLog, StepMetrics
 from dualforce.train.step import PreparedStep, StepContext, train_step
 from dualforce.train.validate import HeldOut, sample_frames, validate
@@ -49,6 +50,7 @@ def train(job: Job, start: int) -> None:
     run = job.context.run.train
     stop = min(run.steps, run.stop_at or run.steps)
     metrics, clock = StepMetrics(job.context.grid), _Clock(job.loader)
+    damage = DamageReport(job.run_dir, job.loader, job.context.grid, job.context.run.data.max_damaged > 0)
     if start == 0:
         _validate(job, 0)
     if start >= stop:
@@ -62,7 +64,7 @@ def train(job: Job, start: int) -> None:
             progress.update(task, completed=done)
             last = done == stop
             if done % run.log_every == 0 or last:
-                _log(job, metrics, clock, done, done - logged, norm)
+                _log(job, metrics, clock, done, done - logged, norm, damage)
                 logged = done
             with clock.paused():
                 if done % run.validate_every == 0 or last:
@@ -70,6 +72,7 @@ def train(job: Job, start: int) -> None:
                 if done % run.image_every == 0 or last:
                     _images(job, done)
                 if done % run.save_every == 0 or last:
+                    damage.check(done)  # no checkpoint of steps in which ranks disagreed about their clips
                     save(job.engine, job.run_dir, replace(job.state, step=done), job.context.grid)
     job.log.close()
 
@@ -94,8 +97,11 @@ class _Clock:
         return values
 
 
-def _log(job: Job, metrics: StepMetrics, clock: _Clock, step: int, steps: int, norm: Any) -> None:
+def _log(
+    job: Job, metrics: StepMetrics, clock: _Clock, step: int, steps: int, norm: Any, damage: DamageReport
+) -> None:
     values = metrics.read(steps)  # waits for the device, so the seconds below are the device's
+    values["damaged_clips"] = damage.check(step)
     seconds, waited = clock.read(steps)
     run = job.context.run
     values["grad_norm"] = float(norm)

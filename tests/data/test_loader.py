@@ -29,7 +29,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
 
 
 def loader(shards: ShardSet, reader: ShardReader | None = None, **changes: Any) -> StepLoader:
-    data: dict[str, Any] = {"frames": 3, "clips_per_step": 12, "prefetch": 2}
+    data: dict[str, Any] = {"frames": 3, "clips_per_step": 12, "prefetch": 2, "max_damaged": 0}
     data.update({key: changes.pop(key) for key in list(changes) if key in data})
     options = {"dp_rank": 0, "dp_size": 1, "micro_batch": 12, "start_step": 0, "stop_step": 6, "seed": 3, **changes}
     statistics = StreamStatistics.from_manifest(shards.manifest)
@@ -174,6 +174,62 @@ def test_a_damaged_clip_is_raised_after_the_steps_before_it(shards: ShardSet, tm
             seen += [key for key, _ in clips_of(step)]
     assert seen == order[:4]
     assert readers() == []
+
+
+class Faulty:
+    """A reader that cannot read some clips."""
+
+    def __init__(self, reader: ShardReader, bad: set[int]) -> None:
+        self.bad, self.tried, self._reader = bad, [], reader
+        self.root, self.frames, self.keys = reader.root, reader.frames, reader.keys
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def read(self, index: int, *args: Any, **kwargs: Any) -> ClipSample:
+        self.tried.append(index)
+        if index in self.bad:
+            raise ShardError(f"train-000000.tar: sample {self.keys[index]!r}: video: damaged: expected whole")
+        return self._reader.read(index, *args, **kwargs)
+
+
+def read_with(shards: ShardSet, bad: set[int], dp_size: int) -> list[list[tuple[str, tuple[int, int]]]]:
+    """Clips and places of three steps, dealt to `dp_size` ranks that cannot read the clips `bad`."""
+    found: list[list[tuple[str, tuple[int, int]]]] = [[], [], []]
+    met: set[str] = set()
+    for rank in range(dp_size):
+        reader = Faulty(shards.split("train"), bad)
+        steps = loader(shards, reader, dp_rank=rank, dp_size=dp_size, micro_batch=1, stop_step=3, max_damaged=2)
+        for number, batches in enumerate(steps):
+            found[number] += clips_of(batches)
+        met |= {one.key for one in steps.damaged}
+        assert all("train-000000.tar: sample" in one.reason and 0 <= one.step < 3 for one in steps.damaged)
+        assert all(reader.tried.count(index) <= 1 for index in bad)  # once known, never again
+    assert met == {f"train-{index:04d}" for index in bad}
+    return found
+
+
+def test_damaged_clips_are_replaced_alike_in_every_layout(shards: ShardSet) -> None:
+    whole, lost = read_with(shards, set(), 1), {"train-0001", "train-0004"}
+    found = read_with(shards, {1, 4}, 1)
+    assert found == read_with(shards, {1, 4}, 2) == read_with(shards, {1, 4}, 4)
+    for step, other in zip(whole, found, strict=True):
+        assert [place for _, place in step] == [place for _, place in other]  # noise is keyed by the place
+        for (key, _), (new, _) in zip(step, other, strict=True):
+            assert new == key if key not in lost else new not in lost
+
+
+def test_one_damaged_clip_too_many_ends_the_iteration(shards: ShardSet) -> None:
+    reader = Faulty(shards.split("train"), {0, 1, 2})
+    steps = loader(shards, reader, max_damaged=2)
+    with pytest.raises(ShardError, match=r"sample 'train-000\d': video: .*; 2 before it: .* data.max_damaged"):
+        list(steps)
+    assert len(steps.damaged) == 2
+
+
+def test_nothing_left_to_read(shards: ShardSet) -> None:
+    with pytest.raises(ShardError, match="all 7 clips of the split are damaged"):
+        list(loader(shards, Faulty(shards.split("train"), set(range(CLIPS))), max_damaged=99))
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def test_metrics_hold_what_the_docs_promise(outcomes: dict[str, Outcome], folder
     assert outcomes["straight"].ok
     line = json.loads((folder / "straight" / "metrics.jsonl").read_text().splitlines()[1])
     for name in ("video", "struct", "flame", "lip_sync", "total", "grad_norm", "learning_rate", "seconds_per_step",
-                 "data_wait", "tokens_per_second", "video_by_sigma", "struct_by_sigma"):  # fmt: skip
+                 "data_wait", "tokens_per_second", "damaged_clips", "video_by_sigma", "struct_by_sigma"):  # fmt: skip
         assert name in line, name
     assert list((folder / "straight" / "tensorboard").glob("events*"))
 

@@ -42,9 +42,13 @@ def damage(root: Path, number: int, change: Callable[[Tensor], Tensor]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("damaged")
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder: Path) -> dict[str, Outcome]:
     """Two ranks that share the damaged clip, and two of which only the second reads it, in the first step."""
-    folder = tmp_path_factory.mktemp("damaged")
     good = write_fake_shards(folder / "good", clips=CLIPS, frames=9)
     second_rank = clips_of_step(0, PER_STEP, CLIPS, seed=0)[PER_STEP - 1].index
     sets = {
@@ -53,14 +57,15 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
             Path(shutil.copytree(good, folder / "shape")), second_rank, lambda x: x.reshape(9, 16, 2, 8).contiguous()
         ),
     }
+    cases = [(name, root, sequence, 0) for name, root in sets.items() for sequence in (1, 2)]
     launches = []
-    for name, root in sets.items():
-        for sequence in (1, 2):
-            values = [f"data.shards={root}", "data.frames=9", f"data.clips_per_step={PER_STEP}", "train.steps=2",
-                      "train.validation_sigmas=1", f"parallel.sequence={sequence}"]  # fmt: skip
-            arguments = ["--run", str(TINY), "--out", str(folder / f"run-{name}-{sequence}")]
-            arguments += [part for value in values for part in ("--set", value)]
-            launches.append(Launch(f"{name}-{sequence}", 2, arguments))
+    for name, root, sequence, tolerated in [*cases, ("tolerated", sets["nan"], 2, 1)]:
+        values = [f"data.shards={root}", "data.frames=9", f"data.clips_per_step={PER_STEP}", "train.steps=2",
+                  "train.validation_sigmas=1", "train.log_every=1", f"parallel.sequence={sequence}",
+                  f"data.max_damaged={tolerated}"]  # fmt: skip
+        arguments = ["--run", str(TINY), "--out", str(folder / f"run-{name}-{sequence}")]
+        arguments += [part for value in values for part in ("--set", value)]
+        launches.append(Launch(f"{name}-{sequence}", 2, arguments))
     return launch_all(launches)
 
 
@@ -74,3 +79,15 @@ def test_the_clip_is_named_once(outcomes: dict[str, Outcome], name: str, expecte
     assert outcome.codes[1] == 2 and outcome.codes[0] != 0, outcome.show()
     if sequence == 2:  # without a launcher to end it, a rank that never reads the clip only sees its peer leave
         assert outcome.codes == [2, 2] and "Traceback" not in "".join(outcome.outputs), outcome.show()
+
+
+def test_a_tolerated_clip_is_replaced_reported_and_counted(outcomes: dict[str, Outcome], folder: Path) -> None:
+    """On two ranks that share their clips, and so the damage."""
+    outcome, run = outcomes["tolerated-2"], folder / "run-tolerated-2"
+    assert outcome.ok, outcome.show()
+    (line,) = (run / "damaged-00000.jsonl").read_text().splitlines()
+    found = json.loads(line)
+    assert found["step"] == 0 and found["key"] in found["reason"] and "not finite" in found["reason"]
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [record["damaged_clips"] for record in records if record["kind"] == "train"] == [1, 1]
+    assert "".join(outcome.outputs).count("damaged clip replaced") == 1
