@@ -7,45 +7,29 @@ byte that is read is checked against the index, and the indexes against the mani
 from __future__ import annotations
 
 import hashlib
-import json
-import re
-import zlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
-from safetensors.torch import load as decode_tensors
-from torch import Tensor
-
-from data_shards.schema import (
-    SHARD_VERSION,
-    SPLITS,
-    TENSOR_FIELDS,
-    ClipSample,
-    ShardError,
-    check_extractors,
-    check_key,
-    fail,
-    tags_of,
-    validate,
-)
-
-_TAR_NAME = re.compile(rf"({'|'.join(SPLITS)})-\d{{6}}\.tar")
-_OPTIONAL_FIELDS = ("flame", "flame_valid", "text")
+from data_shards.clip import read_prefix, read_whole
+from data_shards.files import open_plain, parse_json, read_document, read_range
+from data_shards.index import ClipEntry, ShardIndex, check_index
+from data_shards.manifest import check_seal, check_version, index_name_of, read_manifest
+from data_shards.schema import SPLITS, ClipSample, ShardError, fail, shown, tags_of
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """Where a clip lies: its tar and its entry in the index."""
 
     tar: Path
-    entry: Mapping[str, Any]
+    entry: ClipEntry
 
 
 class ShardSet:
     """An opened shard set: `manifest` as it is on disk, and its splits."""
 
-    def __init__(self, root: Path, manifest: dict[str, Any], places: Mapping[str, list[_Place]]) -> None:
+    def __init__(self, root: Path, manifest: dict[str, Any], places: Mapping[str, list[Place]]) -> None:
         self.root = root
         self.manifest = manifest
         self._places = places
@@ -54,30 +38,20 @@ class ShardSet:
     def open(cls, root: Path) -> ShardSet:
         """Read manifest and indexes of the set in folder `root`; the tars are not read.
 
-        Raises ShardError for a missing or foreign manifest, another version, a missing tar or index, a tar of another
-        size (truncated), an index that changed, tags that differ between manifest and shards, a key used twice, an
-        identity in two splits, or counts that do not add up.
+        Raises ShardError for a missing or foreign manifest, another version, a missing tar or index, anything but plain
+        files, a tar of another size (truncated), an index that changed or whose places do not fill its tar, tags that
+        differ between manifest and shards, a key used twice, an identity in two splits, or counts that do not add up.
         """
-        path = root / "manifest.json"
-        manifest = _parse_json(_read_bytes(path), str(path))
-        _check_version(manifest, str(path))
-        for key in ("extractors", "frames", "splits", "files", "statistics"):
-            if key not in manifest:
-                raise ShardError(f"{path}: {key}: absent: expected the key of a shard manifest")
-        check_extractors(manifest["extractors"], str(path))
-        if type(manifest["frames"]) is not int or manifest["frames"] < 1:
-            raise ShardError(f"{path}: frames: {manifest['frames']!r}: expected a whole number of at least 1")
-        places: dict[str, list[_Place]] = {}
-        try:
-            for split in SPLITS:
-                places[split] = [
-                    place
-                    for name in manifest["splits"][split]["shards"]
-                    for place in _open_shard(root, name, split, manifest)
-                ]
-            _check_counts(places, manifest, str(path))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ShardError(f"{path}: {type(error).__name__} {error}: expected the manifest of a shard set") from None
+        manifest = read_manifest(root)
+        places = {
+            split: [
+                Place(root / name, entry)
+                for name in manifest["splits"][split]["shards"]
+                for entry in _open_shard(root, name, manifest).clips
+            ]
+            for split in SPLITS
+        }
+        check_counts(places, manifest, str(root / "manifest.json"))
         return cls(root, manifest, places)
 
     def split(self, name: str) -> ShardReader:
@@ -87,22 +61,17 @@ class ShardSet:
         return ShardReader(self.root, self.manifest, self._places[name])
 
     def verify(self) -> None:
-        """Read every tar to its end; ShardError names the first whose bytes are not those that were written."""
-        for tar in dict.fromkeys(place.tar for places in self._places.values() for place in places):
-            try:
-                with open(tar, "rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
-            except OSError as error:
-                raise ShardError(f"{tar}: {error.strerror}: expected a readable tar") from None
-            expected = self.manifest["files"][tar.name]["sha256"]
-            if digest != expected:
-                raise ShardError(f"{tar}: sha256 {digest}: expected {expected}, the manifest's")
+        """Read manifest and every tar to the end; ShardError names the first whose bytes are not those written."""
+        check_seal(self.root)
+        last = {place.tar: place.entry for places in self._places.values() for place in places}
+        for tar, entry in last.items():
+            _check_tar(tar, entry, self.manifest["files"][tar.name]["sha256"])
 
 
 class ShardReader:
     """The clips of one split, in the order in which they were written. Safe to use from several threads."""
 
-    def __init__(self, root: Path, manifest: Mapping[str, Any], places: list[_Place]) -> None:
+    def __init__(self, root: Path, manifest: Mapping[str, Any], places: list[Place]) -> None:
         self.root = root
         self.manifest = manifest
         self._places = places
@@ -113,75 +82,92 @@ class ShardReader:
     @property
     def keys(self) -> list[str]:
         """Key of every clip."""
-        return [place.entry["key"] for place in self._places]
+        return [place.entry.key for place in self._places]
 
     @property
     def frames(self) -> int:
         """F, latent frames of every clip."""
         return int(self.manifest["frames"])
 
-    def read(self, index: int) -> ClipSample:
+    def read(self, index: int, frames: int | None = None, beyond: int = 0) -> ClipSample:
         """Clip `index` (0 <= index < len), verified against index and contract.
 
-        Raises ShardError naming tar, sample and field for damage of any kind, IndexError for an index out of range.
+        With `frames`, only the first `frames` latent frames: a crop, which is always a prefix. Its audio has `beyond`
+        latent frames more, or as many as the clip has: windows with c frames (50 Hz) of context look beyond the crop
+        and are those of the whole clip if `beyond` is at least c / 8, rounded up. Only these bytes and the JSON member
+        are read, each frame under its own checksum; `frames` equal to F reads and checks the whole clip.
+        Raises ShardError naming tar, sample and field for damage of any kind or `frames` outside 1..F, IndexError for
+        an index out of range, ValueError for a negative `beyond`.
         """
         if not 0 <= index < len(self._places):
             raise IndexError(f"clip {index} of {self.root}: expected 0 to {len(self._places) - 1}")
+        if beyond < 0:
+            raise ValueError(f"beyond: {beyond}: expected at least 0 latent frames")
         tar, entry = self._places[index]
-        origin, key = str(tar), entry["key"]
+        origin, extractors = str(tar), self.manifest["extractors"]
+        if frames is not None and not 1 <= frames <= entry.frames:
+            raise fail(origin, entry.key, "frames", frames, f"1 to {entry.frames}, the latent frames of the clip")
         try:
-            with open(tar, "rb") as file:
-                payload = _read_member(file, entry, "safetensors", origin)
-                record = _read_member(file, entry, "json", origin)
+            with open_plain(tar) as file:
+                if frames is None or frames == entry.frames:
+                    return read_whole(file, entry, origin, extractors)
+                return read_prefix(file, entry, origin, extractors, frames, min(beyond, entry.frames - frames))
         except OSError as error:
-            raise ShardError(f"{origin}: sample {key!r}: {error}: expected a readable tar") from None
-        tags = tags_of(self.manifest["extractors"])
-        meta = _check_record(_parse_json(record, f"{origin}: sample {key!r}"), entry, origin, tags)
-        sample = _build(_decode(payload, origin, key), entry, meta, origin)
-        validate(sample, origin, self.manifest["extractors"])
-        if sample.frames != self.frames:
-            raise fail(origin, key, "video", f"{sample.frames} latent frames", f"{self.frames}, the manifest's frames")
-        return sample
+            raise ShardError(f"{origin}: sample {entry.key!r}: {error}: expected a readable tar") from None
 
 
-def _open_shard(root: Path, name: str, split: str, manifest: Mapping[str, Any]) -> list[_Place]:
-    found = _TAR_NAME.fullmatch(name)
-    if not found or found[1] != split:
-        raise ShardError(f"{root / 'manifest.json'}: splits.{split}.shards: {name!r}: expected {split}-NNNNNN.tar")
-    tar, index_name = root / name, f"{name.removesuffix('.tar')}.index.json"
-    if not tar.is_file():
-        raise ShardError(f"{tar}: missing: expected the tar that manifest.json lists")
-    data = _read_bytes(root / index_name)
-    index = _parse_json(data, str(root / index_name))
-    _check_version(index, str(root / index_name))
+def _open_shard(root: Path, name: str, manifest: Mapping[str, Any]) -> ShardIndex:
+    tar, path = root / name, root / index_name_of(name)
+    with open_plain(tar) as file:
+        size = os.fstat(file.fileno()).st_size
+    data = read_document(path)
+    document = parse_json(data, str(path))
+    check_version(document, str(path))
     tags = tags_of(manifest["extractors"])
-    if index["extractors"] != tags:
+    if document.get("extractors") != tags:
         raise ShardError(
-            f"{root / index_name}: extractors: {index['extractors']!r}: expected {tags}, the manifest's tags"
+            f"{path}: extractors: {shown(document.get('extractors'))}: expected {tags}, the manifest's tags"
         )
     digest = hashlib.sha256(data).hexdigest()
-    expected = manifest["files"][index_name]["sha256"]
+    expected = manifest["files"][path.name]["sha256"]
     if digest != expected:
-        raise ShardError(f"{root / index_name}: sha256 {digest}: expected {expected}, the manifest's")
-    size = tar.stat().st_size
-    if size != index["bytes"]:
-        raise ShardError(f"{tar}: {size} bytes: expected {index['bytes']}, as in its index (truncated or changed)")
-    for entry in index["samples"]:
-        check_key(entry["key"], str(root / index_name))
-    return [_Place(tar, entry) for entry in index["samples"]]
+        raise ShardError(f"{path}: sha256 {digest}: expected {expected}, the manifest's")
+    index = check_index(document, name, str(path))
+    if size != index.bytes:
+        raise ShardError(f"{tar}: {size} bytes: expected {index.bytes}, as in its index (truncated or changed)")
+    if manifest["files"][name]["bytes"] != index.bytes:
+        listed = manifest["files"][name]["bytes"]
+        raise ShardError(f"{root / 'manifest.json'}: files.{name}.bytes: {listed}: expected {index.bytes}, the tar's")
+    return index
 
 
-def _check_counts(places: Mapping[str, list[_Place]], manifest: Mapping[str, Any], origin: str) -> None:
+def _check_tar(tar: Path, last: ClipEntry, expected: str) -> None:
+    """Its sum, and that it ends behind its last clip: more members would be seen by other readers only."""
+    with open_plain(tar) as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != expected:
+            raise ShardError(f"{tar}: sha256 {digest}: expected {expected}, the manifest's")
+        end = last.payload.offset + last.payload.size
+        if read_range(file, end, os.fstat(file.fileno()).st_size - end).strip(b"\0"):
+            raise ShardError(f"{tar}: bytes behind the last member: expected zeros from {end} on")
+
+
+def check_counts(places: Mapping[str, list[Place]], manifest: Mapping[str, Any], origin: str) -> None:
+    """ShardError unless the clips of all splits are as many, and of those identities, as the manifest says."""
     split_of: dict[str, str] = {}
     seen: set[str] = set()
     for split, clips in places.items():
         listed = manifest["splits"][split]
+        identities = frozenset(listed["identities"])
         if len(clips) != listed["samples"]:
             raise ShardError(
                 f"{origin}: splits.{split}.samples: {listed['samples']}: expected {len(clips)}, the indexes'"
             )
         for place in clips:
-            key, identity = place.entry["key"], place.entry["identity"]
+            key, identity = place.entry.key, place.entry.identity
+            if place.entry.frames != manifest["frames"]:
+                value = f"{place.entry.frames} latent frames"
+                raise fail(str(place.tar), key, "frames", value, f"{manifest['frames']}, the manifest's frames")
             if key in seen:
                 raise fail(str(place.tar), key, "key", key, "a key that no other clip of the set has")
             seen.add(key)
@@ -189,79 +175,9 @@ def _check_counts(places: Mapping[str, list[_Place]], manifest: Mapping[str, Any
                 raise fail(
                     str(place.tar), key, "identity", identity, f"an identity that is not in {split_of[identity]}"
                 )
-
-
-def _read_member(file: BinaryIO, entry: Mapping[str, Any], kind: str, origin: str) -> bytes:
-    member = entry["members"][kind]
-    file.seek(member["offset"])
-    data = file.read(member["size"])
-    if len(data) != member["size"]:
-        raise fail(origin, entry["key"], member["name"], f"{len(data)} bytes", f"{member['size']} (truncated tar)")
-    checksum = zlib.crc32(data)
-    if checksum != member["crc32"]:
-        raise fail(origin, entry["key"], member["name"], f"crc32 {checksum}", f"{member['crc32']} (damaged data)")
-    return data
-
-
-def _decode(payload: bytes, origin: str, key: str) -> dict[str, Tensor]:
-    try:
-        return decode_tensors(payload)
-    except (SafetensorError, ValueError, KeyError) as error:
-        # The first line only: messages of the parser may go on with the bytes that they met.
-        reason = str(error).splitlines()[0][:200]
-        raise fail(origin, key, f"{key}.safetensors", reason, "a safetensors file") from None
-
-
-def _check_record(
-    record: Mapping[str, Any], entry: Mapping[str, Any], origin: str, tags: dict[str, str]
-) -> dict[str, Any]:
-    """The `meta` of a clip whose JSON member says what index and manifest say."""
-    key = entry["key"]
-    _check_version(record, f"{origin}: sample {key!r}")
-    for field in ("key", "identity", "frames"):
-        if record.get(field) != entry[field]:
-            raise fail(origin, key, field, record.get(field), f"{entry[field]!r}, as in the index")
-    if record.get("extractors") != tags:
-        raise fail(origin, key, "extractors", record.get("extractors"), f"{tags}, the manifest's tags")
-    meta = record.get("meta")
-    if not isinstance(meta, dict):
-        raise fail(origin, key, "meta", meta, "a JSON object")
-    return meta
-
-
-def _build(tensors: dict[str, Tensor], entry: Mapping[str, Any], meta: dict[str, Any], origin: str) -> ClipSample:
-    for name in TENSOR_FIELDS:
-        if name not in tensors and name not in _OPTIONAL_FIELDS:
-            raise fail(origin, entry["key"], name, "absent", "a tensor of the safetensors member")
-    for name in tensors:
-        if name not in TENSOR_FIELDS:
-            raise fail(origin, entry["key"], name[:80], "unknown tensor", f"one of {', '.join(TENSOR_FIELDS)}")
-    fields: dict[str, Any] = {name: tensors.get(name) for name in TENSOR_FIELDS}
-    return ClipSample(key=entry["key"], identity=entry["identity"], meta=meta, **fields)
-
-
-def _check_version(document: Mapping[str, Any], origin: str) -> None:
-    version = document.get("shard_version")
-    if version != SHARD_VERSION:
-        raise ShardError(f"{origin}: shard_version: {version!r}: expected {SHARD_VERSION}")
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise ShardError(f"{path}: {reason}: expected a file of a shard set") from None
-
-
-def _parse_json(data: bytes, origin: str) -> dict[str, Any]:
-    def refuse(constant: str) -> float:
-        raise ValueError(f"{constant} is not JSON")
-
-    try:
-        document = json.loads(data, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise ShardError(f"{origin}: {error}: expected JSON") from None
-    if not isinstance(document, dict):
-        raise ShardError(f"{origin}: {type(document).__name__}: expected a JSON object")
-    return document
+            if identity not in identities:
+                expected = f"one that the manifest lists under splits.{split}"
+                raise fail(str(place.tar), key, "identity", identity, expected)
+        unused = identities - {place.entry.identity for place in clips}
+        if unused:
+            raise ShardError(f"{origin}: splits.{split}.identities: {shown(min(unused))}: expected one that has a clip")

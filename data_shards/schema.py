@@ -17,13 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SHARD_VERSION = 1
+SHARD_VERSION = 2
+RECORD_VERSION = 1  # of the JSON member of a clip, which version 2 of the set left as it was: the tars did not change
 FPS = 25
 AUDIO_HZ = 50
 STRUCT_TOKENS = 4
 AUDIO_FRAMES = 8
 PIXELS_PER_LATENT = 8  # edge of the square of pixels that one latent position stands for
 MAX_KEY = 80  # a plain (USTAR) tar stores 100 characters, and ".safetensors" takes 12
+MAX_SHOWN = 240  # characters of a value in a message
+MAX_CLIP_BYTES = 2**26  # of the safetensors member: what a stranger's index can make a reader allocate
+MAX_RECORD_BYTES = 2**22  # of the JSON member
 SPLITS = ("train", "validation")
 
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
@@ -71,12 +75,28 @@ class ClipSample:
 
 
 TENSOR_FIELDS = ("video", "reference", "struct", "audio", "voiced", "flame", "flame_valid", "text")
+TIME_FIELDS = ("video", "struct", "audio", "voiced", "flame", "flame_valid")  # the first dimension is F
+OPTIONAL_FIELDS = ("flame", "flame_valid", "text")
 
 
 def fail(origin: str, sample: str, field: str, value: object, expected: str) -> ShardError:
     """The one form of message for a fault in a clip, `origin` being a file or the stage that made the clip."""
-    shown = value if isinstance(value, str) else repr(value)
-    return ShardError(f"{origin}: sample {sample!r}: {field}: {shown}: expected {expected}")
+    return ShardError(f"{origin}: sample {shown(sample)}: {shown(field, raw=True)}: {shown(value, raw=True)}: "
+                      f"expected {expected}")  # fmt: skip
+
+
+def shown(value: object, raw: bool = False) -> str:
+    """`value` for a message of one line: short, printable, and safe for values of any size and depth.
+
+    `raw` leaves the quotes away from text that is printable.
+    """
+    if isinstance(value, Mapping | list | tuple) and len(value) > 8:
+        return f"{type(value).__name__} of {len(value)}"
+    try:
+        text = value if raw and isinstance(value, str) and value.isprintable() else repr(value)
+    except (RecursionError, ValueError):  # nested too deeply; a whole number of more than 4300 digits
+        text = type(value).__name__
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def check_key(key: str, origin: str) -> None:
@@ -89,10 +109,10 @@ def check_extractors(extractors: Mapping[str, Mapping[str, Any]], origin: str) -
     """Raise ShardError unless the table names a tag and the widths of every stream (flame and text are optional)."""
 
     def wrong(key: str, value: object, expected: str) -> ShardError:
-        return ShardError(f"{origin}: extractors.{key}: {value!r}: expected {expected}")
+        return ShardError(f"{origin}: extractors.{shown(key, raw=True)}: {shown(value)}: expected {expected}")
 
     if not isinstance(extractors, Mapping):
-        raise ShardError(f"{origin}: extractors: {extractors!r}: expected an object")
+        raise ShardError(f"{origin}: extractors: {shown(extractors)}: expected an object")
     for stream in (*_WIDTHS, *extractors):
         if stream not in _WIDTHS:
             raise wrong(stream, extractors[stream], f"one of {', '.join(_WIDTHS)}")
@@ -103,14 +123,18 @@ def check_extractors(extractors: Mapping[str, Mapping[str, Any]], origin: str) -
         entry = extractors[stream]
         if not isinstance(entry, Mapping):
             raise wrong(stream, entry, "an object")
-        if not isinstance(entry.get("tag"), str) or not entry["tag"]:
-            raise wrong(f"{stream}.tag", entry.get("tag"), "the tag of the extractor")
+        if not isinstance(entry.get("tag"), str) or not 1 <= len(entry["tag"]) <= MAX_SHOWN:
+            raise wrong(
+                f"{stream}.tag", entry.get("tag"), f"the tag of the extractor, of at most {MAX_SHOWN} characters"
+            )
         for width in _WIDTHS[stream]:
-            if type(entry.get(width)) is not int or entry[width] < 1:
-                raise wrong(f"{stream}.{width}", entry.get(width), "a whole number of at least 1")
+            if type(entry.get(width)) is not int or not 1 <= entry[width] <= MAX_CLIP_BYTES:
+                raise wrong(f"{stream}.{width}", entry.get(width), "a whole number of at least 1 that fits a clip")
     if extractors["audio"].get("hz", AUDIO_HZ) != AUDIO_HZ:
         raise wrong("audio.hz", extractors["audio"]["hz"], str(AUDIO_HZ))
     names = extractors["motion"].get("names")
+    if names is not None and not isinstance(names, list | tuple):
+        raise wrong("motion.names", names, "a list of names")
     if names is not None and len(names) != extractors["motion"]["width"]:
         raise wrong("motion.names", f"{len(names)} names", f"{extractors['motion']['width']}, the motion width")
 
@@ -120,18 +144,19 @@ def tags_of(extractors: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     return {stream: str(entry["tag"]) for stream, entry in sorted(extractors.items())}
 
 
-def validate(sample: ClipSample, origin: str, extractors: Mapping[str, Mapping[str, Any]]) -> None:
+def validate(sample: ClipSample, origin: str, extractors: Mapping[str, Mapping[str, Any]], *, beyond: int = 0) -> None:
     """Raise ShardError unless `sample` keeps the contract with the widths of the `extractors` table.
 
     Checked: key and identity, presence of optional streams, shapes, dtypes, equal F, finite values, and the repetition
     in latent frame 0 (module docstring), which catches a track that was not put on the latent-frame clock.
-    `origin` names the shard or source in the message.
+    `origin` names the shard or source in the message. The prefix of a clip is valid where the clip is; `beyond` is the
+    number of latent frames that its audio has more than the other streams.
     """
     check_key(sample.key, origin)
     if not isinstance(sample.identity, str) or not sample.identity:
         raise fail(origin, sample.key, "identity", repr(sample.identity), "a name of the source")
     _check_presence(sample, origin, extractors)
-    shapes = _expected_shapes(sample, origin, extractors)
+    shapes = _expected_shapes(sample, origin, extractors, beyond)
     for name, tensor in sample.tensors().items():
         types = _expected_types(sample, name)
         if tensor.dtype not in types:
@@ -153,7 +178,7 @@ def _check_presence(sample: ClipSample, origin: str, extractors: Mapping[str, Ma
 
 
 def _expected_shapes(
-    sample: ClipSample, origin: str, extractors: Mapping[str, Mapping[str, Any]]
+    sample: ClipSample, origin: str, extractors: Mapping[str, Mapping[str, Any]], beyond: int
 ) -> dict[str, tuple[int, ...]]:
     if sample.video.ndim != 4 or sample.video.shape[0] < 1:
         raise fail(origin, sample.key, "video", f"shape {list(sample.video.shape)}", "[F,C,H,W] with F of at least 1")
@@ -163,7 +188,7 @@ def _expected_shapes(
         "video": (frames, *latent),
         "reference": latent,
         "struct": (frames, STRUCT_TOKENS, int(extractors["motion"]["width"])),
-        "audio": (frames, AUDIO_FRAMES, int(extractors["audio"]["width"])),
+        "audio": (frames + beyond, AUDIO_FRAMES, int(extractors["audio"]["width"])),
         "voiced": (frames,),
         "flame_valid": (frames, STRUCT_TOKENS),
     }
@@ -188,6 +213,9 @@ def _expected_types(sample: ClipSample, name: str) -> tuple[torch.dtype, ...]:
 
 def _check_finite(sample: ClipSample, name: str, tensor: Tensor, origin: str) -> None:
     if not tensor.is_floating_point():
+        # A byte other than 0 and 1 in a bool tensor is neither true nor false to the operations that meet it.
+        if tensor.dtype == torch.bool and int(tensor.view(torch.uint8).max()) > 1:
+            raise fail(origin, sample.key, name, f"byte {int(tensor.view(torch.uint8).max())}", "0 or 1, as bool")
         return
     # The extremes are infinite or NaN if any value is; on the CPU they cost a tenth of isfinite over all values.
     low, high = tensor.aminmax()

@@ -6,25 +6,23 @@ a manifest is complete. Equal samples in equal order give equal bytes.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import re
-import tarfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors.torch import save as encode_tensors
-from webdataset.writer import TarWriter
 
+from data_shards.files import encode_json, parse_json, publish, sync_folder
+from data_shards.manifest import sealed
 from data_shards.moments import StreamMoments
 from data_shards.schema import (
     FPS,
+    MAX_CLIP_BYTES,
+    MAX_RECORD_BYTES,
     PIXELS_PER_LATENT,
+    RECORD_VERSION,
     SHARD_VERSION,
     SPLITS,
     ClipSample,
@@ -34,9 +32,7 @@ from data_shards.schema import (
     tags_of,
     validate,
 )
-
-PARTIAL = ".partial"
-_OWN_FILE = re.compile(rf"(?:{'|'.join(SPLITS)})-\d{{6}}\.(?:tar|index\.json)(?:{re.escape(PARTIAL)})?")
+from data_shards.shard import Shard, remove_own_files
 
 
 class ShardSetWriter:
@@ -59,7 +55,7 @@ class ShardSetWriter:
         self._root = root
         self._extractors = extractors
         self._shard_bytes = shard_bytes
-        self._open: dict[str, _Shard] = {}
+        self._open: dict[str, Shard] = {}
         self._shards: dict[str, list[str]] = {split: [] for split in SPLITS}
         self._files: dict[str, dict[str, Any]] = {}
         self._samples = dict.fromkeys(SPLITS, 0)
@@ -68,7 +64,7 @@ class ShardSetWriter:
         self._lengths: tuple[int, int | None] | None = None
         self._moments = StreamMoments()
         self._finished = False
-        self._remove_own_files()
+        remove_own_files(self._root)
 
     def __enter__(self) -> ShardSetWriter:
         return self
@@ -79,7 +75,7 @@ class ShardSetWriter:
         for shard in self._open.values():
             shard.abandon()
         if not self._finished:
-            self._remove_own_files()
+            remove_own_files(self._root)
 
     def add(self, split: str, sample: ClipSample) -> None:
         """Append `sample` to `split` ("train" or "validation"); the train split also enters the statistics."""
@@ -92,12 +88,16 @@ class ShardSetWriter:
             }
         )
         record = _encode_record(sample, self._extractors, str(self._root))
+        for name, data, most in (("safetensors", payload, MAX_CLIP_BYTES), ("json", record, MAX_RECORD_BYTES)):
+            if len(data) > most:
+                raise fail(str(self._root), sample.key, name, f"{len(data)} bytes", f"at most {most}")
         shard = self._open.get(split)
-        if shard is not None and shard.bytes + len(payload) + len(record) > self._shard_bytes:
+        more = len(payload) + len(record)
+        if shard is not None and (shard.full or shard.bytes + more > self._shard_bytes):
             self._close(split)
             shard = None
         if shard is None:
-            shard = _Shard(self._root, f"{split}-{len(self._shards[split]):06d}", self._extractors)
+            shard = Shard(self._root, f"{split}-{len(self._shards[split]):06d}", self._extractors)
             self._open[split] = shard
             self._shards[split].append(shard.tar_name)
         shard.add(sample, payload, record)
@@ -129,10 +129,11 @@ class ShardSetWriter:
             "rejected": rejected,
             "info": info,
         }
-        publish(self._root / "manifest.json", encode_json(manifest, str(self._root), indent=1))
-        _sync_folder(self._root)
+        document, data = sealed(manifest, str(self._root / "manifest.json"))
+        publish(self._root / "manifest.json", data)
+        sync_folder(self._root)
         self._finished = True
-        return manifest
+        return document
 
     def _check(self, split: str, sample: ClipSample) -> None:
         origin = str(self._root)
@@ -159,111 +160,17 @@ class ShardSetWriter:
     def _close(self, split: str) -> None:
         self._files.update(self._open.pop(split).close())
 
-    def _remove_own_files(self) -> None:
-        for path in self._root.iterdir():
-            if _OWN_FILE.fullmatch(path.name):
-                path.unlink()
-
-
-class _Shard:
-    """One tar that is being written, with the entries of its index."""
-
-    def __init__(self, root: Path, stem: str, extractors: Mapping[str, Mapping[str, Any]]) -> None:
-        self.tar_name = f"{stem}.tar"
-        self.bytes = 0
-        self._index_name = f"{stem}.index.json"
-        self._root = root
-        self._extractors = extractors
-        self._entries: list[dict[str, Any]] = []
-        self._file: BinaryIO = open(root / (self.tar_name + PARTIAL), "wb")  # noqa: SIM115 - closed in close()
-        # A fixed time and owner: the same clips give the same bytes on every machine.
-        self._tar = TarWriter(self._file, user="dualforce", group="dualforce", mtime=0, encoder=False, compress=False)
-
-    def add(self, sample: ClipSample, payload: bytes, record: bytes) -> None:
-        self._tar.write({"__key__": sample.key, "safetensors": payload, "json": record})
-        self.bytes += len(payload) + len(record)
-        members = {kind: {"crc32": zlib.crc32(data)} for kind, data in (("safetensors", payload), ("json", record))}
-        tensors = {
-            name: {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
-            for name, value in sample.tensors().items()
-        }
-        entry = {"key": sample.key, "identity": sample.identity, "frames": sample.frames}
-        self._entries.append({**entry, "members": members, "tensors": tensors})
-
-    def close(self) -> dict[str, dict[str, Any]]:
-        """Publish tar and index; size and sha256 of both by name."""
-        self._tar.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        partial = self._root / (self.tar_name + PARTIAL)
-        # Offsets come from reading the tar back, so an index never disagrees with what tar itself sees.
-        with tarfile.open(partial, "r:") as tar:
-            places = {member.name: (member.offset_data, member.size) for member in tar}
-        for entry in self._entries:
-            for kind, member in entry["members"].items():
-                member["name"] = f"{entry['key']}.{kind}"
-                member["offset"], member["size"] = places[member["name"]]
-        with open(partial, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        size = partial.stat().st_size
-        index = {
-            "shard_version": SHARD_VERSION,
-            "shard": self.tar_name,
-            "bytes": size,
-            "extractors": tags_of(self._extractors),
-            "samples": self._entries,
-        }
-        data = encode_json(index, self._index_name)
-        os.replace(partial, self._root / self.tar_name)
-        publish(self._root / self._index_name, data)
-        return {
-            self.tar_name: {"bytes": size, "sha256": digest},
-            self._index_name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()},
-        }
-
-    def abandon(self) -> None:
-        """Give the file handle back without publishing."""
-        self._tar.close()
-        self._file.close()
-
 
 def _encode_record(sample: ClipSample, extractors: Mapping[str, Mapping[str, Any]], origin: str) -> bytes:
     record = {
-        "shard_version": SHARD_VERSION,
+        "shard_version": RECORD_VERSION,
         "key": sample.key,
         "identity": sample.identity,
         "frames": sample.frames,
         "extractors": tags_of(extractors),
         "meta": sample.meta,
     }
-    return encode_json(record, f"{origin}: sample {sample.key!r}: meta")
-
-
-def encode_json(value: Any, origin: str, indent: int | None = None) -> bytes:
-    """Strict JSON with sorted keys, hence the same bytes for the same value; ShardError if `value` is not JSON."""
-    try:
-        text = json.dumps(value, sort_keys=True, allow_nan=False, indent=indent)
-    except (TypeError, ValueError) as error:
-        raise ShardError(f"{origin}: {error}: expected plain JSON with finite numbers") from None
-    return text.encode("utf-8") + b"\n"
-
-
-def publish(path: Path, data: bytes) -> None:
-    """Write `data` to `path` so that a reader sees all of it or nothing, also after a power cut."""
-    partial = path.with_name(path.name + PARTIAL)
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def _sync_folder(root: Path) -> None:
-    # A rename is durable only when the folder itself is on the disk. Windows cannot open folders; it needs no sync.
-    if os.name == "posix":
-        handle = os.open(root, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    origin = f"{origin}: sample {sample.key!r}: meta"
+    data = encode_json(record, origin)
+    parse_json(data, origin)  # refuses what a reader would refuse: too deep, too many values
+    return data

@@ -17,6 +17,7 @@ from dualforce.codecs.media import MediaError
 from dualforce.codecs.motion_sidecar import SidecarError
 from dualforce.codecs.protocols import CodecError
 from dualforce.config import ConfigError, read_json
+from dualforce.data_commands import app as data_app
 from dualforce.generate.inputs import GenerateError, Sources
 from dualforce.generate.request import Sampling
 from dualforce.generate.request import generate as generate_video
@@ -38,6 +39,7 @@ app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="DualForce: causal, audio-driven talking-head diffusion.",
 )  # fmt: skip
+app.add_typer(data_app, name="data")
 
 
 @app.command()
@@ -79,13 +81,16 @@ def generate(
         int | None, typer.Option(help="chunks a chunk sees, its own included; default: the model's")
     ] = None,
     face_landmarker: Annotated[Path | None, typer.Option(help="MediaPipe's face_landmarker.task")] = None,
+    audio_encoder: Annotated[
+        Path | None, typer.Option(help="folder of the speech encoder that the model was trained with")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
     dtype: Annotated[DtypeName | None, typer.Option(help="default: bfloat16 on a GPU, float32 elsewhere")] = None,
 ) -> None:
     """Generate a talking video from a model folder, a picture and a sound."""
     place = _device(device)
     kind = DTYPES[dtype] if dtype else (torch.bfloat16 if place.type == "cuda" else torch.float32)
-    sources = Sources(image, audio, motion, text_embedding, face_landmarker, seconds)
+    sources = Sources(image, audio, motion, text_embedding, face_landmarker, seconds, audio_encoder)
     sampling = Sampling(steps, seed, cfg_text, cfg_audio, mode, lag, horizon, window)
     keep_compiled_kernels()
     loaded = load_model(model, place, kind)

@@ -32,6 +32,15 @@ def landmarker_file() -> Path:
 
 
 @pytest.fixture(scope="session")
+def whisper_folder() -> Path:
+    """The encoder of Whisper tiny.en as transformers writes it. DUALFORCE_WHISPER names another place."""
+    folder = Path(os.environ.get("DUALFORCE_WHISPER") or SHARED / "models" / "whisper-tiny-en-encoder")
+    if not (folder / "model.safetensors").is_file():
+        pytest.skip(f"the Whisper encoder is absent: no {folder / 'model.safetensors'} (set DUALFORCE_WHISPER)")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def sample_dir() -> Path:
     """Folder of the bundled rendered clips; they belong to the checkout, so their absence is a failure."""
     folder = ROOT / "data_shards" / "sample"

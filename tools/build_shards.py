@@ -22,12 +22,19 @@ def main(
     face_landmarker: Annotated[
         Path | None, typer.Option(help="MediaPipe's face_landmarker.task; not needed for rendered clips with sidecars.")
     ] = None,
+    audio_encoder: Annotated[
+        Path | None, typer.Option(help="Folder of a HuBERT or Whisper model; without one, log-mel features.")
+    ] = None,
+    identities: Annotated[
+        Path | None, typer.Option(help="JSON object: who is in which video (path below SRC, without ending).")
+    ] = None,
     workers: Annotated[int, typer.Option(help="Processes.")] = 2,
     validation_share: Annotated[float, typer.Option(help="Share of the identities held out.")] = 0.2,
 ) -> None:
     """Cut face crops, check them, encode them and write WebDataset shards with train and validation split."""
     options = BuildOptions(
-        size=size, face_landmarker=face_landmarker, workers=workers, validation_share=validation_share
+        size=size, face_landmarker=face_landmarker, audio_encoder=audio_encoder, identities=identities,
+        workers=workers, validation_share=validation_share,
     )
     console = Console(stderr=True)
     try:

@@ -55,7 +55,7 @@ class Video:
 
 def probe(path: Path) -> MediaInfo:
     """Size, start and streams of a video file, by decoding its first picture. Raises MediaError."""
-    with _opened(path) as container:
+    with opened(path) as container:
         stream = _stream(container, "video", path)
         for frame in container.decode(stream):
             width, height = _display_size(frame, stream, None)
@@ -80,7 +80,7 @@ def iter_frames(
     Pixel frame k is the source picture on screen at k / 25 s after the first one. `max_side` shrinks larger pictures;
     `last` adds the video's final pixel frame. One picture is held at a time. Raises MediaError.
     """
-    with _opened(path) as container:
+    with opened(path) as container:
         stream = _stream(container, "video", path)
         size: tuple[int, int] | None = None
         final: tuple[int, Any] | None = None
@@ -120,7 +120,7 @@ def read_sound(path: Path, zero: Fraction | None = None) -> PlacedSound | None:
 
     Blocks are placed by their own timestamps, so a hole stays where it is. None without sound. Raises MediaError.
     """
-    with _opened(path) as container:
+    with opened(path) as container:
         if not container.streams.audio:
             return None
         blocks = _sound_blocks(container, container.streams.best("audio"))
@@ -150,7 +150,7 @@ def write_video(path: Path, frames: Iterable[Pixels], wave: Wave | None, *, crf:
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with _opened(partial, "w", name=path) as container:
+        with opened(partial, "w", name=path) as container:
             count = _encode(container, path, iter(frames), wave, crf)
         os.replace(partial, path)
     finally:
@@ -159,7 +159,7 @@ def write_video(path: Path, frames: Iterable[Pixels], wave: Wave | None, *, crf:
 
 
 @contextlib.contextmanager
-def _opened(path: Path, mode: Literal["r", "w"] = "r", name: Path | None = None) -> Iterator[Any]:
+def opened(path: Path, mode: Literal["r", "w"] = "r", name: Path | None = None) -> Iterator[Any]:
     """Container of `path`; every decoder or system error inside becomes a MediaError naming the file."""
     try:
         import av

@@ -15,7 +15,7 @@ from dualforce.config import ConfigError, DataConfig
 from dualforce.data.collate import collate
 from dualforce.data.order import ClipRef, clips_of_rank, replacements
 from dualforce.data.statistics import StreamStatistics
-from dualforce.types import ClipBatch
+from dualforce.types import AUDIO_FRAMES, ClipBatch
 
 ItemT = TypeVar("ItemT")
 
@@ -68,6 +68,7 @@ class StepLoader(Generic[ItemT]):
         self._statistics = statistics
         self._data = data
         self._context = context
+        self._beyond = -(-context // AUDIO_FRAMES)  # latent frames of sound that the last window looks into
         self._text_dim = text_dim
         self._seed = seed
         self._dp_rank, self._dp_size = dp_rank, dp_size
@@ -114,7 +115,7 @@ class StepLoader(Generic[ItemT]):
             if choice.index in self._unreadable:
                 continue
             try:
-                return self._reader.read(choice.index)
+                return self._reader.read(choice.index, self._data.frames, self._beyond)
             except ShardError as error:
                 if len(self._unreadable) >= self._data.max_damaged:
                     raise self._too_many(error) from None

@@ -24,7 +24,7 @@ from dualforce.codecs.face_landmarker import FaceLandmarkerModel
 from dualforce.codecs.media import read_audio, read_image
 from dualforce.codecs.motion_landmarker import CROP_SIZE, NoFaceError
 from dualforce.codecs.motion_sidecar import Motion, read_motion
-from dualforce.codecs.protocols import Pixels, VideoCodec, Wave
+from dualforce.codecs.protocols import AudioEncoder, Pixels, VideoCodec, Wave
 from dualforce.codecs.registry import audio_encoder, motion_encoder, video_codec
 from dualforce.config import ModelConfig
 from dualforce.data.statistics import StreamStatistics
@@ -57,6 +57,7 @@ class Sources:
     text: Path | None = None
     face_landmarker: Path | None = None
     seconds: float | None = None
+    audio_encoder: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,9 @@ def prepare(sources: Sources, config: Mapping[str, Any], model: ModelConfig, ori
     inputs = RolloutInputs(
         reference=statistics.normalise_reference(codec.encode_image(picture)),
         first_motion=statistics.normalise_struct(motion[:1]).expand(STRUCT_TOKENS, -1),
-        audio=statistics.normalise_audio(_audio(wave, extractors["audio"]["tag"], frames, model.audio.context)),
+        audio=statistics.normalise_audio(
+            _audio(wave, audio_encoder(extractors["audio"]["tag"], sources.audio_encoder), frames, model.audio.context)
+        ),
         text=None if sources.text is None else read_text(sources.text, model),
         struct=statistics.normalise_struct(_on_clock(motion, frames)) if given else None,
     )
@@ -153,9 +156,9 @@ def _sound(path: Path, seconds: float | None) -> tuple[Wave, int]:
     return wave[: available * SAMPLES_PER_FRAME], count
 
 
-def _audio(wave: Wave, tag: str, frames: int, context: int) -> Tensor:
+def _audio(wave: Wave, encoder: AudioEncoder, frames: int, context: int) -> Tensor:
     """Windows [F,A+2c,Ca]; sound beyond the generated part is used where it exists, then the last frame repeats."""
-    features = audio_encoder(tag).encode(wave)
+    features = encoder.encode(wave)
     return features[audio_frames_of(FrameSpan(0, frames), context).clamp_max(len(features) - 1)]
 
 

@@ -18,10 +18,11 @@ from data_shards.writer import ShardSetWriter
 from dualforce.codecs import motion_landmarker
 from dualforce.codecs.face_landmarker import FaceLandmarkerModel
 from dualforce.codecs.motion_sidecar import FORMAT, Motion, SidecarError, find_sidecar, read_sidecar
-from dualforce.codecs.registry import audio_encoder, video_codec
+from dualforce.codecs.registry import audio_encoder_in, video_codec
 from dualforce.preprocess.files import find_videos, key_of, name_of
+from dualforce.preprocess.identities import read_identities
 from dualforce.preprocess.pool import run_jobs
-from dualforce.preprocess.process import AUDIO_TAG, VIDEO_TAG, Job, Outcome, load_sample, rejection
+from dualforce.preprocess.process import VIDEO_TAG, Job, Outcome, load_sample, rejection
 from dualforce.preprocess.quality import Limits
 from dualforce.preprocess.reasons import Reason
 from dualforce.preprocess.split import split_identities
@@ -35,10 +36,14 @@ class BuildError(ValueError):
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """`size`: edge of the crops in pixels; `workers`: processes; `validation_share` of the identities is held out."""
+    """`size`: edge of the crops in pixels; `audio_encoder`: folder of a pretrained speech encoder (None: logmel);
+    `identities`: JSON file of who is in which video (None: as sidecars say, or each a person of its own); `workers`:
+    processes; `validation_share` of the identities is held out."""
 
     size: int = 128
     face_landmarker: Path | None = None
+    audio_encoder: Path | None = None
+    identities: Path | None = None
     workers: int = 1
     validation_share: float = 0.2
     limits: Limits = field(default_factory=Limits)
@@ -91,7 +96,7 @@ def build_shards(src: Path, out: Path, options: BuildOptions, console: Console |
         shutil.rmtree(stale)
     with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=out) as scratch, _progress(console) as progress:
         plan = _plan(src, videos, options, Path(scratch), progress)
-        with ShardSetWriter(out, _extractors(options.size, plan.motion)) as writer:
+        with ShardSetWriter(out, _extractors(options, plan.motion)) as writer:
             outcomes = _run(plan.jobs, options.workers, progress)
             rejected = sorted(
                 [*plan.rejected, *(entry for outcome in outcomes for entry in outcome.rejected)],
@@ -120,6 +125,7 @@ def _plan(src: Path, videos: list[Path], options: BuildOptions, scratch: Path, p
         motion_entry = _landmarker_motion(src, options.face_landmarker)
     else:
         motion_entry = {"tag": motion.tag, "width": len(motion.names), "names": list(motion.names)}
+    named = options.identities and read_identities(options.identities, [name_of(video, src) for video in videos])
     jobs: list[Job] = []
     rejected: list[dict[str, Any]] = list(broken.values())
     seen: dict[str, str] = {}
@@ -142,7 +148,7 @@ def _plan(src: Path, videos: list[Path], options: BuildOptions, scratch: Path, p
                 video=video,
                 source=source,
                 key=key_of(video, digest),
-                identity=identities.get(video, str(Path(source).with_suffix(""))),
+                identity=named[source] if named else identities.get(video, str(Path(source).with_suffix(""))),
                 sha256=digest,
                 bytes=video.stat().st_size,
                 size=options.size,
@@ -150,6 +156,7 @@ def _plan(src: Path, videos: list[Path], options: BuildOptions, scratch: Path, p
                 sidecar=sidecars[video],
                 landmarker=None if sidecars[video] else options.face_landmarker,
                 scratch=scratch,
+                audio_encoder=options.audio_encoder,
             )
         )
     return _Plan(jobs, motion_entry, rejected)
@@ -195,9 +202,9 @@ def _landmarker_motion(src: Path, model: Path | None) -> dict[str, Any]:
     return {"tag": encoder.tag, "width": encoder.width, "names": list(encoder.names)}
 
 
-def _extractors(size: int, motion: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    codec, audio = video_codec(VIDEO_TAG), audio_encoder(AUDIO_TAG)
-    edge = size // codec.stride
+def _extractors(options: BuildOptions, motion: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    codec, audio = video_codec(VIDEO_TAG), audio_encoder_in(options.audio_encoder)
+    edge = options.size // codec.stride
     return {
         "video": {"tag": codec.tag, "channels": codec.channels, "height": edge, "width": edge},
         "motion": motion,

@@ -13,12 +13,12 @@ import numpy as np
 from safetensors.torch import load_file, save_file
 
 from data_shards.schema import ClipSample
-from dualforce.codecs import audio_logmel, motion_landmarker, video_dct
+from dualforce.codecs import motion_landmarker, video_dct
 from dualforce.codecs.face_box import Pixels, resize, square_boxes
 from dualforce.codecs.media import MediaError, MediaInfo, probe, read_sound
 from dualforce.codecs.media_clock import PlacedSound
 from dualforce.codecs.motion_sidecar import Sidecar, SidecarError, read_sidecar
-from dualforce.codecs.registry import audio_encoder, motion_encoder, video_codec
+from dualforce.codecs.registry import audio_encoder_in, motion_encoder, video_codec
 from dualforce.preprocess import features, quality
 from dualforce.preprocess.face_crop import CropTrack, crop_frames, plan_crop
 from dualforce.preprocess.face_track import FaceTrack, track_faces, track_sidecar
@@ -27,7 +27,6 @@ from dualforce.preprocess.reasons import Reason, Rejected
 from dualforce.preprocess.windows import Window, check_window, plan_windows
 
 VIDEO_TAG = video_dct.TAG
-AUDIO_TAG = audio_logmel.TAG
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,7 @@ class Job:
     sidecar: Path | None
     landmarker: Path | None
     scratch: Path
+    audio_encoder: Path | None = None  # folder of a pretrained one; None: features without weights
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def _prepare(job: Job) -> _Clip:
     else:
         raise ValueError(f"{job.source}: neither sidecar nor face landmarker: expected one of them")
     quality.check_faces(track, job.size, job.limits)
-    audio = features.audio_track(audio_encoder(AUDIO_TAG), sound.wave)
+    audio = features.audio_track(audio_encoder_in(job.audio_encoder), sound.wave)
     return _Clip(job, info, sidecar, sound, track, plan_crop(track), audio)
 
 
@@ -190,7 +190,7 @@ def _meta(clip: _Clip, window: Window, motion_tag: str) -> dict[str, Any]:
         "first_pixel_frame": window.start,
         "file": {"codec": info.codec, "width": info.width, "height": info.height, "fps": round(info.rate, 4)},
         "crop": {"tag": clip.crop.tag, "faces": clip.track.tag, "boxes": boxes.round(1).tolist()},
-        "tags": {"video": VIDEO_TAG, "motion": motion_tag, "audio": AUDIO_TAG},
+        "tags": {"video": VIDEO_TAG, "motion": motion_tag, "audio": clip.audio.tag},
         "checks": quality.report(clip.track, clip.sound),
     }
     if clip.sidecar is not None:

@@ -31,13 +31,13 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
 def loader(shards: ShardSet, reader: ShardReader | None = None, **changes: Any) -> StepLoader:
     data: dict[str, Any] = {"frames": 3, "clips_per_step": 12, "prefetch": 2, "max_damaged": 0}
     data.update({key: changes.pop(key) for key in list(changes) if key in data})
-    options = {"dp_rank": 0, "dp_size": 1, "micro_batch": 12, "start_step": 0, "stop_step": 6, "seed": 3, **changes}
+    options = {"dp_rank": 0, "dp_size": 1, "micro_batch": 12, "start_step": 0, "stop_step": 6, "seed": 3,
+               "context": 2, **changes}  # fmt: skip
     statistics = StreamStatistics.from_manifest(shards.manifest)
     return StepLoader(
         shards.split("train") if reader is None else reader,
         statistics,
         DataConfig(**data),
-        context=2,
         text_dim=4,
         finish=lambda batches: batches,
         **options,
@@ -104,11 +104,11 @@ class CountingReader(ShardReader):
     def at(self, number: int) -> threading.Event:
         return self._reads[number - 1]
 
-    def read(self, index: int) -> ClipSample:
+    def read(self, index: int, frames: int | None = None, beyond: int = 0) -> ClipSample:
         self.permits.acquire()
         self._reads[self._count].set()
         self._count += 1
-        return super().read(index)
+        return super().read(index, frames, beyond)
 
 
 def test_reads_ahead_prefetch_steps_and_no_more(shards: ShardSet) -> None:
@@ -174,6 +174,34 @@ def test_a_damaged_clip_is_raised_after_the_steps_before_it(shards: ShardSet, tm
             seen += [key for key, _ in clips_of(step)]
     assert seen == order[:4]
     assert readers() == []
+
+
+@pytest.mark.parametrize("context", [0, 2, 4, 9])
+def test_a_crop_is_read_in_part_and_equals_that_of_the_whole(tmp_path: Path, context: int) -> None:
+    """Of clips of nine frames the first five, and as much sound beyond them as the last window looks into."""
+    opened = ShardSet.open(write_fake_shards(tmp_path, clips=CLIPS, frames=9, flame=True, text_dim=4))
+    whole = Whole(opened.split("train"))
+    made = [loader(opened, reader, frames=5, context=context, stop_step=1) for reader in (None, whole)]
+    (part,), (full,) = (list(steps) for steps in made)
+    assert whole.asked and all(ask[1] == 5 for ask in whole.asked)
+    for name, value in part[0]._asdict().items():
+        other = getattr(full[0], name)
+        assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other, name
+
+
+class Whole:
+    """A reader that always reads the whole clip, whatever it is asked for."""
+
+    def __init__(self, reader: ShardReader) -> None:
+        self.asked: list[tuple[int, ...]] = []
+        self.root, self.frames, self.keys, self._reader = reader.root, reader.frames, reader.keys, reader
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def read(self, *asked: int) -> ClipSample:
+        self.asked.append(asked)
+        return self._reader.read(asked[0])
 
 
 class Faulty:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import random
 import shutil
 import tarfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.fake_shards import fake_extractors, fake_sample, write_fake_shards
+from helpers.fake_shards import fake_extractors, fake_sample, replace_member, rewrite, write_fake_shards
 from safetensors.torch import save
 
 from data_shards.reader import ShardSet
@@ -35,12 +32,6 @@ def root(pristine: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(pristine, tmp_path / "shards"))
 
 
-def rewrite(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    document = json.loads(path.read_bytes())
-    change(document)
-    path.write_text(json.dumps(document))
-
-
 def read_all(root: Path) -> None:
     opened = ShardSet.open(root)
     for split in ("train", "validation"):
@@ -56,32 +47,6 @@ def fault(root: Path) -> str:
     assert "\n" not in message
     assert "expected" in message
     return message
-
-
-def replace_member(root: Path, name: str, data: bytes) -> None:
-    """Put other bytes into a member, with checksums that agree, as a faulty writer would have done."""
-    buffer = io.BytesIO()
-    with tarfile.open(root / TAR) as old, tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as new:
-        for info in old:
-            content = data if info.name == name else old.extractfile(info).read()  # type: ignore[union-attr]
-            info.size = len(content)
-            new.addfile(info, io.BytesIO(content))
-    (root / TAR).write_bytes(buffer.getvalue())
-    index = json.loads((root / INDEX).read_bytes())
-    with tarfile.open(root / TAR) as tar:
-        for entry in index["samples"]:
-            for member in entry["members"].values():
-                info = tar.getmember(member["name"])
-                content = tar.extractfile(info).read()  # type: ignore[union-attr]
-                member.update(offset=info.offset_data, size=info.size, crc32=zlib.crc32(content))
-    index["bytes"] = len(buffer.getvalue())
-    (root / INDEX).write_text(json.dumps(index))
-    seal(root)
-
-
-def seal(root: Path) -> None:
-    digest = hashlib.sha256((root / INDEX).read_bytes()).hexdigest()
-    rewrite(root / MANIFEST, lambda m: m["files"][INDEX].update(sha256=digest))
 
 
 def test_a_whole_set_has_no_fault(root: Path) -> None:
@@ -104,12 +69,17 @@ def test_flipped_bits_in_members_are_always_named(root: Path) -> None:
         assert TAR in str(caught.value) and member["name"] in str(caught.value)
 
 
-def test_verify_sees_flips_outside_members_too(root: Path) -> None:
-    data = bytearray((root / TAR).read_bytes())
-    data[-1] ^= 1  # padding after the last member: no clip is touched
-    (root / TAR).write_bytes(data)
-    read_all(root)
-    with pytest.raises(ShardError, match=TAR):
+def test_flips_outside_members_are_found_too(root: Path) -> None:
+    data = (root / TAR).read_bytes()
+    members = [m for e in json.loads((root / INDEX).read_bytes())["samples"] for m in e["members"].values()]
+    behind = [m["offset"] + m["size"] for m in members if m["size"] % 512]
+    for position in (*(m["offset"] - 512 for m in members), *(m["offset"] - 1 for m in members), *behind):
+        broken = bytearray(data)
+        broken[position] ^= 1
+        (root / TAR).write_bytes(broken)
+        assert TAR in fault(root), position
+    (root / TAR).write_bytes(data[:-1] + b"\1")  # behind the last member, where no clip is
+    with pytest.raises(ShardError, match=f"{TAR}: sha256"):
         ShardSet.open(root).verify()
 
 
@@ -138,8 +108,8 @@ def test_missing_file_is_named(root: Path, name: str) -> None:
 
 def test_missing_tensor(root: Path) -> None:
     clip = ShardSet.open(root).split("train").read(1)
-    replace_member(root, "train-0001.safetensors", save({k: v for k, v in clip.tensors().items() if k != "audio"}))
-    assert "train-000000.tar: sample 'train-0001': audio: absent" in fault(root)
+    replace_member(root, TAR, "train-0001.safetensors", save({k: v for k, v in clip.tensors().items() if k != "audio"}))
+    assert f"{INDEX}: sample 'train-0001': tensors.audio: absent" in fault(root)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +118,7 @@ def test_missing_tensor(root: Path) -> None:
         ("video", lambda x: x.index_fill(0, torch.tensor([1]), float("nan")), "video: 256 values that are not finite"),
         ("video", lambda x: x[:, :, :3].contiguous(), "expected [3, 16, 4, 4]"),
         ("video", lambda x: x.double(), "dtype float64: expected float16 or bfloat16 or float32"),
-        ("struct", lambda x: x[:2].contiguous(), "struct: shape [2, 4, 8]: expected [3, 4, 8]"),
+        ("struct", lambda x: x[:2].contiguous(), "tensors.struct.shape: [2, 4, 8]: expected 3 latent frames"),
         ("struct", lambda x: x.half(), "dtype float16: expected float32"),
         ("audio", lambda x: torch.full_like(x, float("inf")), "audio: 288 values that are not finite"),
         ("audio", lambda x: x.roll(1, dims=1), "audio: slots 0 to 6 of frame 0 differ"),
@@ -159,28 +129,37 @@ def test_wrong_tensor_is_named(
     root: Path, field: str, change: Callable[[torch.Tensor], torch.Tensor], named: str
 ) -> None:
     tensors = ShardSet.open(root).split("train").read(0).tensors()
-    replace_member(root, "train-0000.safetensors", save({**tensors, field: change(tensors[field])}))
+    replace_member(root, TAR, "train-0000.safetensors", save({**tensors, field: change(tensors[field])}))
     message = fault(root)
-    assert f"{TAR}: sample 'train-0000': {field}: " in message
+    assert "train-000000." in message and "sample 'train-0000': " in message and field in message
     assert named in message
 
 
 def test_foreign_bytes_are_not_executed_but_named(root: Path) -> None:
-    replace_member(root, "train-0000.safetensors", b"\x80\x04\x95 not safetensors")
+    size = len(save(ShardSet.open(root).split("train").read(0).tensors()))
+    replace_member(root, TAR, "train-0000.safetensors", b"\x80\x04\x95 not safetensors".ljust(size))
     assert "sample 'train-0000': train-0000.safetensors: " in fault(root)
-    replace_member(root, "train-0000.json", b"[" * 100_000)
-    replace_member(root, "train-0000.safetensors", save(ShardSet.open(root).split("train").read(1).tensors()))
+    replace_member(root, TAR, "train-0000.json", b"[" * 100_000)
+    replace_member(root, TAR, "train-0000.safetensors", save(ShardSet.open(root).split("train").read(1).tensors()))
     assert "sample 'train-0000'" in fault(root)
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("shard_version", 2), ("identity", "else"), ("frames", 4), ("extractors", {}), ("meta", None)]
+    ("key", "value"),
+    [
+        ("shard_version", 2),
+        ("shard_version", True),
+        ("identity", "else"),
+        ("frames", 4),
+        ("extractors", {}),
+        ("meta", 0),
+    ],
 )
 def test_record_that_disagrees(root: Path, key: str, value: Any) -> None:
     with tarfile.open(root / TAR) as tar:
         record = json.load(tar.extractfile("train-0002.json"))  # type: ignore[arg-type]
     record[key] = value
-    replace_member(root, "train-0002.json", json.dumps(record).encode())
+    replace_member(root, TAR, "train-0002.json", json.dumps(record).encode())
     message = fault(root)
     assert f"{TAR}: sample 'train-0002'" in message and key in message
 
@@ -188,7 +167,8 @@ def test_record_that_disagrees(root: Path, key: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda m: m.update(shard_version=2), "shard_version: 2: expected 1"),
+        (lambda m: m.update(shard_version=3), "shard_version: 3: expected 2"),
+        (lambda m: m.update(shard_version=1), "shard_version: 1: expected 2 (make a set of this version with: "),
         (lambda m: m.pop("statistics"), "statistics: absent"),
         (lambda m: m.update(frames=0), "frames: 0"),
         (lambda m: m["extractors"].pop("audio"), "extractors.audio"),
@@ -198,6 +178,8 @@ def test_record_that_disagrees(root: Path, key: str, value: Any) -> None:
         (lambda m: m["splits"]["train"].update(samples=4), "splits.train.samples: 4: expected 3"),
         (lambda m: m["splits"]["train"].update(shards=["../evil.tar"]), "'../evil.tar'"),
         (lambda m: m["splits"].pop("validation"), "validation"),
+        (lambda m: m["splits"]["train"]["identities"].pop(), "identity: train-id01: expected one that the manifest"),
+        (lambda m: m["splits"]["train"]["identities"].append("x"), "identities: 'x': expected one that has a clip"),
         (lambda m: m.update(frames=5), "expected 5"),
     ],
 )

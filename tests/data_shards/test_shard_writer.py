@@ -10,6 +10,8 @@ import pytest
 import torch
 from helpers.fake_shards import fake_extractors, fake_sample, write_fake_shards
 
+import data_shards.shard
+import data_shards.writer
 from data_shards.reader import ShardSet
 from data_shards.schema import ShardError, check_extractors, validate
 from data_shards.writer import ShardSetWriter
@@ -103,6 +105,48 @@ def test_one_length_per_set(tmp_path: Path) -> None:
             writer.add("train", fake_sample("b", "id", EXTRACTORS, frames=4))
         with pytest.raises(ShardError, match="text: length 2: expected 3"):
             writer.add("train", fake_sample("b", "id", EXTRACTORS, frames=3, text_tokens=2))
+
+
+def nested(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    "value",
+    [float("nan"), {1, 2}, b"x", nested(10**5), "x" * 2**22, [0] * 800_000],
+    ids=["nan", "set", "bytes", "deep", "long", "many"],
+)
+def test_what_no_reader_would_accept_is_not_written(tmp_path: Path, value: Any) -> None:
+    with ShardSetWriter(tmp_path, EXTRACTORS) as writer:
+        with pytest.raises(ShardError, match=r"sample 'a': (meta|json): .* expected") as caught:
+            writer.add("train", clip(meta={"x": value}))
+        assert "\n" not in str(caught.value)
+        writer.add("train", clip())
+        writer.finish([], {})
+    assert ShardSet.open(tmp_path).split("train").read(0).key == "a"
+
+
+def test_a_clip_larger_than_readers_accept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_shards.writer, "MAX_CLIP_BYTES", 5000)
+    refusal = pytest.raises(ShardError, match=r"sample 'a': safetensors: \d+ bytes: expected at most 5000")
+    with ShardSetWriter(tmp_path, EXTRACTORS) as writer, refusal:
+        writer.add("train", clip())
+
+
+@pytest.mark.parametrize(("name", "value"), [("MAX_CLIPS", 2), ("_MOST_INDEX_BYTES", 2000)])
+def test_an_index_that_grows_too_large_starts_the_next_tar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: int
+) -> None:
+    monkeypatch.setattr(data_shards.shard, name, value)
+    with ShardSetWriter(tmp_path, EXTRACTORS) as writer:
+        for key in "abcde":
+            writer.add("train", clip(key))
+        manifest = writer.finish([], {})
+    assert len(manifest["splits"]["train"]["shards"]) == 3
+    assert ShardSet.open(tmp_path).split("train").keys == list("abcde")
 
 
 @pytest.mark.parametrize("value", [float("nan"), {1, 2}, b"x"], ids=["nan", "set", "bytes"])

@@ -20,6 +20,7 @@ from dualforce.codecs.media import write_video
 from dualforce.codecs.protocols import CodecError
 from dualforce.preprocess.build import BuildError, BuildOptions, BuildReport, build_shards
 from dualforce.preprocess.files import find_videos, key_of
+from dualforce.preprocess.identities import IdentityError, read_identities
 from dualforce.preprocess.split import split_identities
 
 ONE = BuildOptions(size=64)
@@ -198,3 +199,52 @@ def test_names_of_files(tmp_path: Path) -> None:
     assert key_of(Path("new\nline ü!.mov"), "ab" * 32) == "new-line-abababababab"
     assert key_of(Path("ü.mkv"), "ab" * 32) == "video-abababababab"
     assert len(key_of(Path("n" * 250 + ".mp4"), "ab" * 32)) <= 60
+
+
+def test_features_of_a_speech_encoder(tmp_path: Path, whisper_folder: Path) -> None:
+    """In the shards with width and a tag of its own, two workers each with their own copy of the model."""
+    pytest.importorskip("transformers")
+    for name in ("a", "b"):
+        clip(tmp_path / "clips", name)
+    options = BuildOptions(size=64, workers=2, audio_encoder=whisper_folder, validation_share=0.5)
+    manifest = build_shards(tmp_path / "clips", tmp_path / "shards", options).manifest
+    audio = manifest["extractors"]["audio"]
+    assert audio["width"] == 384 and audio["hz"] == 50 and audio["tag"].startswith("whisper-384-")
+    sample = ShardSet.open(tmp_path / "shards").split("train").read(0)
+    assert sample.audio.shape == (21, 8, 384) and sample.audio.dtype == torch.float16
+    assert sample.meta["tags"]["audio"] == audio["tag"]
+
+
+def test_a_folder_without_speech_encoder_is_one_line(mixed: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CodecError, match="model_type = None: expected hubert or whisper"):
+        build_shards(mixed, tmp_path / "out", BuildOptions(size=64, audio_encoder=tmp_path))
+    assert not list((tmp_path / "out").glob("*.tar"))
+
+
+def test_identities_of_a_file_keep_videos_of_one_person_in_one_split(tmp_path: Path) -> None:
+    for number in range(6):
+        clip(tmp_path / "clips", f"sub/v{number}", seed=number)
+    people = {f"sub/v{number}": f"person {number % 2}" for number in range(6)} | {"sub/never": "nobody"}
+    (tmp_path / "who.json").write_text(json.dumps(people))
+    options = BuildOptions(size=64, identities=tmp_path / "who.json", validation_share=0.5)
+    manifest = build_shards(tmp_path / "clips", tmp_path / "shards", options).manifest
+    splits = [manifest["splits"][name] for name in ("train", "validation")]
+    assert sorted(split["identities"] for split in splits) == [["person 0"], ["person 1"]]
+    assert [split["samples"] for split in splits] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("[", "expected a JSON object"),
+        ("[]", "list: expected a JSON object"),
+        ('{"a": "x"}', "'b' and 1 more are missing: expected an entry for each video"),
+        ('{"a": "x", "b": 3, "sub/c": "y"}', "'b': 3: expected a name of the person"),
+    ],
+)
+def test_unusable_identities_are_one_line(tmp_path: Path, content: str, named: str) -> None:
+    (tmp_path / "who.json").write_text(content)
+    with pytest.raises(IdentityError, match=named) as caught:
+        read_identities(tmp_path / "who.json", ["a.mp4", "b.mov", "sub/c.mkv"])
+    assert "\n" not in str(caught.value) and "who.json" in str(caught.value)

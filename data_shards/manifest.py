@@ -1,0 +1,122 @@
+"""manifest.json: the version and the type of every key, before anything relies on them."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from data_shards.files import encode_json, parse_json, read_document
+from data_shards.schema import FPS, MAX_CLIP_BYTES, SHARD_VERSION, SPLITS, ShardError, check_extractors, shown
+
+_TAR_NAME = re.compile(rf"({'|'.join(SPLITS)})-[0-9]{{6}}\.tar")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_SEAL = b'\n "sha256": "'  # one blank: at the top level, and a text in JSON holds no line break
+_BLANK = "0" * 64
+_KINDS: dict[str, type] = {"extractors": dict, "splits": dict, "files": dict, "statistics": dict, "frames": int,
+                           "rejected": list, "info": dict}  # fmt: skip
+_OPTIONAL = ("rejected", "info")
+_NAMES: dict[type, str] = {dict: "an object", list: "a list", int: "a whole number of at least 1"}
+
+
+def read_manifest(root: Path, version: int = SHARD_VERSION) -> dict[str, Any]:
+    """The manifest of the set in folder `root`; ShardError for another version, or a key that is absent or not what it
+    should be. Names of tars in it are safe to join to `root`."""
+    path = root / "manifest.json"
+    origin = str(path)
+    data = read_document(path)
+    manifest = parse_json(data, origin)
+    check_version(manifest, origin, version)
+    if version > 1 and "sha256" not in manifest:
+        raise ShardError(f"{origin}: sha256: absent: expected the checksum of the manifest")
+    if version > 1 and _SEAL in data:
+        # Damage leaves the layout as it was. A manifest in another one was edited, which only `verify` objects to.
+        _check_seal(data, origin)
+    for key, kind in _KINDS.items():
+        if key not in manifest and key not in _OPTIONAL:
+            raise ShardError(f"{origin}: {key}: absent: expected the key of a shard manifest")
+        if key in manifest and type(manifest[key]) is not kind:
+            raise ShardError(f"{origin}: {key}: {shown(manifest[key])}: expected {_NAMES[kind]}")
+    check_extractors(manifest["extractors"], origin)
+    if not 1 <= manifest["frames"] <= MAX_CLIP_BYTES:
+        raise ShardError(f"{origin}: frames: {shown(manifest['frames'])}: expected a whole number of at least 1")
+    if manifest.get("fps", FPS) != FPS:
+        raise ShardError(f"{origin}: fps: {shown(manifest['fps'])}: expected {FPS}")
+    for name, entry in manifest["files"].items():
+        _check_file(name, entry, origin)
+    for split in SPLITS:
+        _check_split(split, manifest, origin)
+    return manifest
+
+
+def sealed(manifest: Mapping[str, Any], origin: str) -> tuple[dict[str, Any], bytes]:
+    """The manifest with a checksum of itself, as a reader will find it, and its bytes on disk."""
+    data = encode_json({**manifest, "sha256": _BLANK}, origin, indent=1)
+    data = data.replace(_SEAL + _BLANK.encode(), _SEAL + hashlib.sha256(data).hexdigest().encode(), 1)
+    return parse_json(data, origin), data
+
+
+def check_seal(root: Path) -> None:
+    """ShardError if a byte of manifest.json is not as it was written."""
+    path = root / "manifest.json"
+    _check_seal(read_document(path), str(path))
+
+
+def _check_seal(data: bytes, origin: str) -> None:
+    start = data.find(_SEAL) + len(_SEAL)
+    if start < len(_SEAL):
+        raise ShardError(f"{origin}: sha256: not on a line of its own: expected the layout that the writer gave it")
+    found = data[start : start + len(_BLANK)]
+    expected = hashlib.sha256(data[:start] + _BLANK.encode() + data[start + len(_BLANK) :]).hexdigest()
+    if found != expected.encode():
+        value = shown(found.decode("ascii", "replace"), raw=True)
+        raise ShardError(f"{origin}: sha256: {value}: expected {expected}, that of the manifest with zeros for it")
+
+
+def check_version(document: Mapping[str, Any], origin: str, version: int = SHARD_VERSION) -> None:
+    """ShardError unless `document` is of `version`; an older set is told how it becomes a new one."""
+    found = document.get("shard_version")
+    if type(found) is int and found == version:
+        return
+    older = type(found) is int and 1 <= found < SHARD_VERSION and version == SHARD_VERSION
+    hint = " (make a set of this version with: dualforce data upgrade OLD NEW)" if older else ""
+    raise ShardError(f"{origin}: shard_version: {shown(found)}: expected {version}{hint}")
+
+
+def index_name_of(tar_name: str) -> str:
+    """Name of the index beside a tar."""
+    return f"{tar_name.removesuffix('.tar')}.index.json"
+
+
+def _check_file(name: str, entry: Any, origin: str) -> None:
+    field = f"files.{shown(name, raw=True)}"
+    if not isinstance(entry, dict):
+        raise ShardError(f"{origin}: {field}: {shown(entry)}: expected an object")
+    if type(entry.get("bytes")) is not int or not 0 <= entry["bytes"] < 2**62:
+        raise ShardError(f"{origin}: {field}.bytes: {shown(entry.get('bytes'))}: expected a whole number of at least 0")
+    if not isinstance(entry.get("sha256"), str) or not _SHA256.fullmatch(entry["sha256"]):
+        raise ShardError(f"{origin}: {field}.sha256: {shown(entry.get('sha256'))}: expected 64 digits of 0-9 a-f")
+
+
+def _check_split(split: str, manifest: Mapping[str, Any], origin: str) -> None:
+    listed = manifest["splits"].get(split)
+    if not isinstance(listed, dict):
+        raise ShardError(f"{origin}: splits.{split}: {shown(listed)}: expected an object")
+    if type(listed.get("samples")) is not int or not 0 <= listed["samples"] < 2**62:
+        value = shown(listed.get("samples"))
+        raise ShardError(f"{origin}: splits.{split}.samples: {value}: expected a whole number of at least 0")
+    for key in ("shards", "identities"):
+        names = listed.get(key)
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ShardError(f"{origin}: splits.{split}.{key}: {shown(names)}: expected a list of names")
+        if len(set(names)) != len(names):
+            raise ShardError(f"{origin}: splits.{split}.{key}: a name twice: expected every name once")
+    for name in listed["shards"]:
+        found = _TAR_NAME.fullmatch(name)
+        if not found or found[1] != split:
+            raise ShardError(f"{origin}: splits.{split}.shards: {shown(name)}: expected {split}-NNNNNN.tar")
+        for file in (name, index_name_of(name)):
+            if file not in manifest["files"]:
+                raise ShardError(f"{origin}: files.{file}: absent: expected size and sha256 of every tar and index")

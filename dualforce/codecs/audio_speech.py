@@ -1,0 +1,152 @@
+"""Audio features of a pretrained speech encoder, HuBERT or Whisper, from a folder as transformers writes it.
+
+Both give 50 Hz frames, two a pixel frame, aligned without resampling:
+
+- HuBERT (Hsu et al. 2021, arXiv 2106.07447): convolutions of stride 320 that see 400 samples. N samples alone give one
+  frame less than N / 320; with 80 samples of silence at the end, frame i is centred at 20 i + 12.5 ms.
+- Whisper (Radford et al. 2022, arXiv 2212.04356): log-mel frames at 100 Hz, halved by a convolution; frame i is centred
+  at 20 i ms.
+
+Both see the whole of what they are given, the future too. Sound longer than 30 s, the length Whisper is made for, is
+cut into windows of that length; of neighbours that overlap by 6 s, each gives the part that it sees further around.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dualforce.codecs.protocols import CodecError, Wave
+from dualforce.types import AUDIO_HZ, SAMPLE_RATE
+
+KINDS = ("hubert", "whisper")
+HOP, FIELD = SAMPLE_RATE // AUDIO_HZ, 400  # samples between frames, and those that HuBERT's convolutions see
+WINDOW, MARGIN = 30 * AUDIO_HZ, 3 * AUDIO_HZ  # frames of a window, and of its ends that a neighbour gives
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+VERSION = "v1"
+
+
+class Part(NamedTuple):
+    """Frames [start, stop) of a sound that one window is run on, and [first, last) that are taken from it."""
+
+    start: int
+    stop: int
+    first: int
+    last: int
+
+
+class SpeechFeatures:
+    """Last hidden state of the encoder in `folder`, fp32. The tag names its kind, width and weights."""
+
+    hz = AUDIO_HZ
+
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        """Raises CodecError for a folder that has no such encoder, or without transformers (extra `speech`)."""
+        config = _json(folder / "config.json")
+        kind = config.get("model_type")
+        if kind not in KINDS:
+            raise CodecError(f"{folder / 'config.json'}: model_type = {kind!r}: expected {' or '.join(KINDS)}")
+        weights = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+        if weights is None:
+            raise CodecError(f"{folder}: no weights: expected {' or '.join(WEIGHTS)}")
+        with weights.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        self._kind, self._device = kind, torch.device(device)
+        self._model, self._prepare = _load(folder, kind)
+        self._model.to(self._device).eval()
+        self.width = int(config["d_model" if kind == "whisper" else "hidden_size"])
+        self.tag = f"{kind}-{self.width}-{digest[:12]}-{VERSION}"
+
+    @torch.inference_mode()
+    def encode(self, wave: Wave) -> Tensor:
+        """Features [ceil(N / 320), width] fp32 on the CPU of a 16 kHz wave [N] float32 in [-1, 1].
+
+        Raises ValueError for an empty, non-finite or misshapen wave.
+        """
+        if wave.ndim != 1 or not len(wave):
+            raise ValueError(f"wave of shape {wave.shape}: expected [N] with N > 0")
+        if not np.isfinite(wave).all():
+            raise ValueError("wave holds NaN or infinity: expected finite samples")
+        run = self._hubert if self._kind == "hubert" else self._whisper
+        count = -(-len(wave) // HOP)
+        padded = np.pad(wave.astype(np.float32), (0, (count - 1) * HOP + FIELD - len(wave)))
+        if self._kind == "hubert" and self._prepare.do_normalize:
+            padded = _standard(wave, padded)
+        found = [run(padded, part)[part.first - part.start : part.last - part.start] for part in parts(count)]
+        return torch.cat(found).float().cpu()
+
+    def _hubert(self, wave: Wave, part: Part) -> Tensor:
+        samples = wave[part.start * HOP : (part.stop - 1) * HOP + FIELD]
+        hidden: Tensor = self._model(torch.from_numpy(samples)[None].to(self._device)).last_hidden_state[0]
+        return hidden
+
+    def _whisper(self, wave: Wave, part: Part) -> Tensor:
+        # Shorter sound is followed by silence up to 30 s: the positions of the encoder are those of a whole window.
+        samples = wave[part.start * HOP : part.stop * HOP]
+        mel = self._prepare(samples, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features
+        hidden: Tensor = self._model(mel.to(self._device)).last_hidden_state[0]
+        return hidden
+
+
+def parts(count: int) -> Iterator[Part]:
+    """Windows over `count` frames: whole ones of `WINDOW` where there is more than one, the last moved back to end with
+    the sound; what is taken from them covers every frame once."""
+    first = 0
+    while first < count:
+        start = max(0, min(first - MARGIN, count - WINDOW))
+        stop = min(count, start + WINDOW)
+        last = count if stop == count else stop - MARGIN
+        yield Part(start, stop, first, last)
+        first = last
+
+
+def _standard(wave: Wave, padded: Wave) -> Wave:
+    """Zero mean and unit variance over the sound itself, as the large models were trained; the padding stays silent."""
+    scaled = (padded - wave.mean(dtype=np.float64)) / np.sqrt(wave.var(dtype=np.float64) + 1e-7)
+    scaled[len(wave) :] = 0
+    return scaled.astype(np.float32)
+
+
+def _load(folder: Path, kind: str) -> tuple[Any, Any]:
+    """(model in fp32, feature extractor). Nothing is fetched and no code of the folder runs: transformers reads
+    safetensors, and older files with torch's loader of plain weights."""
+    try:
+        transformers: Any = importlib.import_module("transformers")
+    except ImportError:
+        raise CodecError(f"{folder}: needs transformers: install the extra `speech`, or use logmel features") from None
+    # What it would print, missing weights above all, is checked below.
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    model_class = transformers.HubertModel if kind == "hubert" else transformers.WhisperModel
+    prepare_class = transformers.Wav2Vec2FeatureExtractor if kind == "hubert" else transformers.WhisperFeatureExtractor
+    try:
+        prepare = prepare_class.from_pretrained(folder, local_files_only=True)
+        model, report = model_class.from_pretrained(
+            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
+        )
+    except Exception as error:  # of any kind: what the readers of several formats make of a damaged or foreign file
+        raise CodecError(f"{folder}: {' '.join(str(error).split())[:300]}: expected a {kind} encoder") from None
+    # What is missing would be random numbers, under a tag that claims otherwise.
+    lost = [*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])]
+    missing = sorted(name for name in lost if not name.startswith("decoder."))  # Whisper's decoder is not used
+    if missing:
+        raise CodecError(f"{folder}: {missing[0]}: not in the weights ({len(missing)} such): expected a {kind} encoder")
+    return model if kind == "hubert" else model.get_encoder(), prepare
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CodecError(f"{path}: {error}: expected the config of a speech encoder") from None
+    if not isinstance(content, dict):
+        raise CodecError(f"{path}: {type(content).__name__}: expected the config of a speech encoder")
+    return content
