@@ -16,6 +16,7 @@ from torch import Tensor
 
 from data_shards.edit import Advance
 from data_shards.files import parse_json, read_document
+from data_shards.manifest import check_seal
 from data_shards.moments import StreamMoments
 from data_shards.reader import ShardSet
 from data_shards.schema import SHARD_VERSION, SPLITS, ShardError
@@ -67,6 +68,12 @@ def find_faults(
     """
     found = Findings()
     manifest, opened, reason = _open(root)
+    if opened is not None:
+        # A manifest of another layout can be opened: someone may have written it anew. As written it is not.
+        try:
+            check_seal(root)
+        except ShardError as error:
+            found.faults.append(Fault("manifest.json", None, str(error)))
     for name, entry in manifest["files"].items():
         if not _FILE_NAME.fullmatch(name):
             place = f"{root / 'manifest.json'}: files: {name[:80]!r}"
