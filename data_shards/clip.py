@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from io import FileIO
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from data_shards.files import parse_json, read_range
+from data_shards.files import parse_json, read_into, read_range
 from data_shards.index import TAR_BLOCK, ClipEntry, Member, TensorPlace
-from data_shards.payload import checksums, decode_all, decode_prefix
+from data_shards.payload import checksums, decode_all
 from data_shards.schema import (
     RECORD_VERSION,
     TENSOR_FIELDS,
@@ -46,24 +47,26 @@ def read_prefix(
     for name, place in entry.tensors.items():
         wanted = frames + beyond if name == "audio" else frames
         parts = wanted if name in TIME_FIELDS else place.shape[0]
-        tensors[name] = decode_prefix(_read_parts(file, entry, name, place, parts, origin), place, parts)
+        tensors[name] = _read_parts(file, entry, name, place, parts, origin)
     sample = _build(tensors, entry, meta)
     validate(sample, origin, extractors, beyond=beyond)
     return sample
 
 
-def _read_parts(file: FileIO, entry: ClipEntry, name: str, place: TensorPlace, parts: int, origin: str) -> bytes:
+def _read_parts(file: FileIO, entry: ClipEntry, name: str, place: TensorPlace, parts: int, origin: str) -> Tensor:
     size = place.size // place.shape[0] * parts
-    data = read_range(file, place.offset, size)
-    if len(data) != size:
-        raise fail(origin, entry.key, name, f"{len(data)} bytes", f"{size} (truncated tar)")
+    room = torch.empty(size, dtype=torch.uint8)  # the tensor's own memory: nothing is copied on the way
+    data = room.numpy().data
+    count = read_into(file, place.offset, data)
+    if count != size:
+        raise fail(origin, entry.key, name, f"{count} bytes", f"{size} (truncated tar)")
     found = checksums(data, parts if name in TIME_FIELDS else 1)
     if not place.crc32.startswith(found):
         start = next(i for i in range(0, len(found), 8) if found[i : i + 8] != place.crc32[i : i + 8])
         where = f" of latent frame {start // 8}" if name in TIME_FIELDS else ""
         value = f"crc32 {found[start : start + 8]}{where}"
         raise fail(origin, entry.key, name, value, f"{place.crc32[start : start + 8]} (damaged data)")
-    return data
+    return room.view(getattr(torch, place.dtype)).view(parts, *place.shape[1:])
 
 
 def read_member(file: FileIO, key: str, member: Member, origin: str) -> bytes:

@@ -56,6 +56,18 @@ def read_range(file: FileIO, offset: int, size: int) -> bytes:
     return data
 
 
+def read_into(file: FileIO, offset: int, room: memoryview) -> int:
+    """Fill `room` from `offset` on; returns how many bytes there were, fewer where the file ends."""
+    file.seek(offset)
+    count = 0
+    while count < len(room):
+        more = file.readinto(room[count:])
+        if not more:
+            break
+        count += more
+    return count
+
+
 def read_document(path: Path) -> bytes:
     """All bytes of a manifest or an index; ShardError if it is no plain file or larger than MAX_JSON_BYTES."""
     with open_plain(path) as file:

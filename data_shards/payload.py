@@ -7,13 +7,12 @@ import struct
 import zlib
 from typing import Any, NamedTuple
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from data_shards.files import parse_json
-from data_shards.index import ITEM_SIZE, ClipEntry, TensorPlace
+from data_shards.index import ITEM_SIZE, ClipEntry
 from data_shards.schema import TENSOR_FIELDS, TIME_FIELDS, ShardError, fail, shown
 
 MAX_HEADER_BYTES = 2**14  # eight tensors take less than 1 KiB
@@ -49,7 +48,7 @@ def tensor_table(payload: bytes, origin: str) -> dict[str, dict[str, Any]]:
 
 def checksums(data: bytes | memoryview, parts: int) -> str:
     """crc32 of each of `parts` equal parts of `data`, 8 hexadecimal digits each."""
-    stride = len(data) // parts
+    stride, data = len(data) // parts, memoryview(data)  # slices of a view are not copies
     return "".join(f"{zlib.crc32(data[i * stride : (i + 1) * stride]):08x}" for i in range(parts))
 
 
@@ -64,13 +63,6 @@ def decode_all(payload: bytes, entry: ClipEntry, origin: str) -> dict[str, Tenso
         # The first line only: messages of the parser may go on with the bytes that they met.
         reason = shown(str(error).splitlines()[0], raw=True)
         raise fail(origin, entry.key, entry.payload.name, reason, "a safetensors file") from None
-
-
-def decode_prefix(data: bytes, place: TensorPlace, frames: int) -> Tensor:
-    """The tensor at `place`, of which `data` holds the first `frames` latent frames."""
-    # A bytearray, because a tensor over bytes could be written to although they must not change.
-    flat = torch.frombuffer(bytearray(data), dtype=getattr(torch, place.dtype))
-    return flat.view(frames, *place.shape[1:])
 
 
 def _read_header(payload: bytes, origin: str) -> dict[str, _Listed]:

@@ -107,7 +107,14 @@ def test_only_the_needed_bytes_are_read(
         seen.append((offset, size))
         return read_range(file, offset, size)
 
+    read_into = data_shards.clip.read_into
+
+    def record_into(file: Any, offset: int, room: memoryview) -> int:
+        seen.append((offset, len(room)))
+        return read_into(file, offset, room)
+
     monkeypatch.setattr(data_shards.clip, "read_range", record)
+    monkeypatch.setattr(data_shards.clip, "read_into", record_into)
     reader.read(1, frames, beyond)
     assert sorted(seen) == sorted(needed(entry(root, 1), frames, beyond))
 
