@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from dualforce.codecs.protocols import CodecError, Wave
+from dualforce.config import read_json
 from dualforce.types import AUDIO_HZ, SAMPLE_RATE
 
 KINDS = ("hubert", "whisper")
@@ -49,8 +49,9 @@ class SpeechFeatures:
     hz = AUDIO_HZ
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
-        """Raises CodecError for a folder that has no such encoder, or without transformers (extra `speech`)."""
-        config = _json(folder / "config.json")
+        """Raises ConfigError for a config.json that cannot be read, CodecError for another model, weights that are
+        missing or damaged, and without transformers (extra `speech`)."""
+        config = read_json(folder / "config.json")
         kind = config.get("model_type")
         if kind not in KINDS:
             raise CodecError(f"{folder / 'config.json'}: model_type = {kind!r}: expected {' or '.join(KINDS)}")
@@ -140,13 +141,3 @@ def _load(folder: Path, kind: str) -> tuple[Any, Any]:
     if missing:
         raise CodecError(f"{folder}: {missing[0]}: not in the weights ({len(missing)} such): expected a {kind} encoder")
     return model if kind == "hubert" else model.get_encoder(), prepare
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CodecError(f"{path}: {error}: expected the config of a speech encoder") from None
-    if not isinstance(content, dict):
-        raise CodecError(f"{path}: {type(content).__name__}: expected the config of a speech encoder")
-    return content

@@ -109,7 +109,6 @@ class StepLoader(Generic[ItemT]):
         samples = [self._read(step, ref) for ref in refs]
         return collate(samples, refs, self._statistics, self._data.frames, self._context, self._text_dim)
 
-
     def _read(self, step: int, ref: ClipRef) -> ClipSample:
         for choice in itertools.chain((ref,), replacements(ref, len(self._reader), self._seed)):
             if choice.index in self._unreadable:

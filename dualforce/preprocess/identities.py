@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
+
+from dualforce.config import read_json
 
 
 class IdentityError(ValueError):
@@ -15,14 +16,10 @@ def read_identities(path: Path, sources: Iterable[str]) -> dict[str, str]:
     """Identity of every one of `sources` (paths below the folder of videos) from a JSON object whose keys are such
     paths without their ending. Entries without a video are left alone.
 
-    Raises IdentityError for a file that is not such an object, and for a video that it does not name.
+    Raises ConfigError for a file that is no JSON object, IdentityError for a video that it does not name, or whose
+    person is not a text.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise IdentityError(f"--identities {path}: {error}: expected a JSON object") from None
-    if not isinstance(content, dict):
-        raise IdentityError(f"--identities {path}: {type(content).__name__}: expected a JSON object")
+    content = read_json(path)
     found, missing = {}, []
     for source in sources:
         name = str(PurePosixPath(source).with_suffix(""))

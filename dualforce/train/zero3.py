@@ -15,9 +15,15 @@ from torch import Tensor
 
 
 def lean_step(engine: Any) -> None:
-    """Give the engine's ZeRO-3 optimizer this module's step, where its gradients stay on the device."""
+    """Give the engine's ZeRO-3 optimizer this module's step, where its gradients stay on the device.
+
+    Raises RuntimeError for a DeepSpeed that does not keep a sub-group's gradients in the order of its weights.
+    """
     optimizer = engine.optimizer
     if not optimizer.offload_optimizer:
+        held = [sum(p.partition_numel() for p in group) for group in optimizer.fp16_groups]
+        if held != [flat.numel() for flat in optimizer.fp32_partitioned_groups_flat]:
+            raise RuntimeError("ZeRO-3's gradients do not lie as its weights do: expected DeepSpeed 0.19.8's layout")
         optimizer.__class__ = type("LeanZero3", (_LeanStep, type(optimizer)), {})
 
 

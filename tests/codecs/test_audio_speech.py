@@ -19,6 +19,7 @@ from dualforce.codecs.audio_speech import FIELD, HOP, MARGIN, WINDOW, SpeechFeat
 from dualforce.codecs.media import read_audio
 from dualforce.codecs.protocols import CodecError
 from dualforce.codecs.registry import audio_encoder, audio_encoder_in
+from dualforce.config import ConfigError
 from dualforce.types import SAMPLES_PER_FRAME
 
 transformers = pytest.importorskip("transformers")
@@ -185,16 +186,16 @@ def broken(folders: dict[str, Path], to: Path, case: str) -> Path:
 @pytest.mark.parametrize(
     ("case", "named"),
     [
-        ("config", "config.json: list: expected the config"),
+        ("config", "config.json: expected a JSON object, found list"),
         ("kind", "model_type = 'bert': expected hubert or whisper"),
         ("weights", "no weights: expected model.safetensors or"),
         ("damaged", "expected a hubert encoder"),
         ("layers", r"encoder.layers.2.* not in the weights \(\d+ such\)"),
-        ("gone", "config.json"),
+        ("gone", "config.json: no such file"),
     ],
 )
 def test_another_folder_is_one_line(folders: dict[str, Path], tmp_path: Path, case: str, named: str) -> None:
-    with pytest.raises(CodecError, match=named) as caught:
+    with pytest.raises((CodecError, ConfigError), match=named) as caught:
         SpeechFeatures(broken(folders, tmp_path / "folder", case))
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
 

@@ -18,6 +18,7 @@ from data_shards.reader import ShardSet
 from data_shards.schema import ShardError
 from dualforce.codecs.media import write_video
 from dualforce.codecs.protocols import CodecError
+from dualforce.config import ConfigError
 from dualforce.preprocess.build import BuildError, BuildOptions, BuildReport, build_shards
 from dualforce.preprocess.files import find_videos, key_of
 from dualforce.preprocess.identities import IdentityError, read_identities
@@ -237,14 +238,14 @@ def test_identities_of_a_file_keep_videos_of_one_person_in_one_split(tmp_path: P
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        ("[", "expected a JSON object"),
-        ("[]", "list: expected a JSON object"),
+        ("[", "not JSON, line 1"),
+        ("[]", "expected a JSON object, found list"),
         ('{"a": "x"}', "'b' and 1 more are missing: expected an entry for each video"),
         ('{"a": "x", "b": 3, "sub/c": "y"}', "'b': 3: expected a name of the person"),
     ],
 )
 def test_unusable_identities_are_one_line(tmp_path: Path, content: str, named: str) -> None:
     (tmp_path / "who.json").write_text(content)
-    with pytest.raises(IdentityError, match=named) as caught:
+    with pytest.raises((ConfigError, IdentityError), match=named) as caught:
         read_identities(tmp_path / "who.json", ["a.mp4", "b.mov", "sub/c.mkv"])
     assert "\n" not in str(caught.value) and "who.json" in str(caught.value)
