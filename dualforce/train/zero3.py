@@ -52,12 +52,11 @@ class _LeanStep:
     clip_grad: float
 
     def _get_norm_groups(self) -> list[Tensor]:
-        """One group: the norm of all gradients, summed in fp64; -1, as DeepSpeed has it, where it is not finite."""
+        """One group: the norm of all gradients, summed in fp64; DeepSpeed leaves a step out where it is not finite."""
         pieces = [self._gradients(i) for i in range(len(self.fp16_groups))]
         squared = torch.stack(torch._foreach_norm(pieces, 2, torch.float64)).square().sum()
         dist.all_reduce(squared, group=self.dp_process_group)
-        norm = squared.sqrt().float()
-        return [torch.where(norm.isfinite(), norm, -1.0)]
+        return [squared.sqrt().float()]
 
     def _prepare_fp32_grad_for_sub_group(self, sub_group_id: int) -> None:
         """Nothing: `unscale_and_clip_grads` makes the fp32 gradient."""

@@ -126,6 +126,9 @@ def test_long_sound_is_windowed_and_its_seams_do_not_matter_much(folders: dict[s
     other[: 500 * HOP] = noise(500 * HOP, seed=1)
     a, b = encoder.encode(wave), encoder.encode(other)
     assert a.shape == (4500, WIDTH)
+    for part in parts(4500):  # each from its own window, at its own place
+        alone = encoder.encode(wave[part.start * HOP : part.stop * HOP])
+        assert torch.equal(a[part.first : part.last], alone[part.first - part.start : part.last - part.start])
     second = list(parts(4500))[1]
     assert second.start >= 500 and torch.equal(a[second.first :], b[second.first :])
     assert not torch.equal(a[:500], b[:500])

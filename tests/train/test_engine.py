@@ -13,6 +13,7 @@ from helpers.tiny_model import kernels, tiny_config
 from dualforce.config import ConfigError, LossConfig, RunConfig, validate
 from dualforce.train.engine import BatchPlan, compute_dtype, deepspeed_config, parameter_groups, plan_batch
 from dualforce.train.train_module import TrainModule
+from dualforce.train.zero3 import fill_sizes
 
 
 def run_with(path: Path, config: dict[str, Any]) -> RunConfig:
@@ -48,6 +49,34 @@ def test_batch_keys_and_schedule_are_filled_in(tmp_path: Path) -> None:
     assert filled["gradient_accumulation_steps"] == 3
     assert filled["train_batch_size"] == 2 * 3 * 4
     assert filled["scheduler"]["params"]["total_num_steps"] == 7
+
+
+@pytest.mark.parametrize(
+    ("accumulation", "bf16", "expected"), [(1, True, "bf16"), (2, True, "fp32"), (1, False, "fp32")]
+)
+def test_gradients_are_kept_in_as_many_bits_as_their_sum_needs(
+    tmp_path: Path, accumulation: int, bf16: bool, expected: str
+) -> None:
+    config = {"bf16": {"enabled": bf16}, "data_types": {"grad_accum_dtype": "auto"}, "optimizer": {}}
+    filled = deepspeed_config(run_with(tmp_path / "ds.json", config), BatchPlan(1, accumulation), 1)
+    assert filled["data_types"]["grad_accum_dtype"] == expected
+    config["data_types"] = {"grad_accum_dtype": "fp32"}
+    asked = deepspeed_config(run_with(tmp_path / "ds.json", config), BatchPlan(1, accumulation), 1)
+    assert asked["data_types"]["grad_accum_dtype"] == "fp32"
+
+
+def test_sizes_follow_from_the_largest_unit_unless_the_file_has_them() -> None:
+    section = {"stage": 3, "reduce_bucket_size": 7}
+    assert fill_sizes({"a": 1, "zero_optimization": section}, [10, 40, 30]) == {
+        "a": 1,
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_prefetch_bucket_size": 40,
+            "stage3_max_live_parameters": 80,
+            "stage3_max_reuse_distance": 40,
+            "reduce_bucket_size": 7,
+        },
+    }
 
 
 @pytest.mark.parametrize(
