@@ -146,7 +146,6 @@ class UnitGraph:
         captured = self._captured[1]
         return _Replayed.apply(captured, flats, *flats(), *_tensors(args))
 
-
     def drop(self) -> None:
         """Give up the graphs; the unit cannot run again."""
         if self._captured is not None:
