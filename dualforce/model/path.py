@@ -78,22 +78,24 @@ class FullPath:
         self._plan = rule.plan(span.frames, span.frames)
         self._local_plan = rule.plan(self.local.frames, span.frames)
         self._beside: torch.cuda.Stream | None = None
+        self._side = self._grid.beside()
 
     def __call__(self, site: Site, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self._grid.sp == 1:
             return self._kernels.frame_causal(q, k, v, self._plan)
         if site.stream in (STRUCT, STRUCT_TO_VIDEO):
             # A frame has few structure tokens: bringing their keys to every rank costs less than exchanging queries.
-            keys, values = gather_frames(torch.cat((k, v)), self._grid).chunk(2)
+            grid = self._side if site.stream == STRUCT else self._grid
+            keys, values = gather_frames(torch.cat((k, v)), grid).chunk(2)
             return self._kernels.frame_causal(q, keys, values, self._local_plan)
         # One exchange each: what arrives is already in order, and a packed one would have to be taken apart.
         q, k, v = (frames_to_heads(x, self._grid) for x in (q, k, v))
         return heads_to_frames(self._kernels.frame_causal(q, k, v, self._plan), self._grid)
 
     def both(self, one: Callable[[], Tensor], other: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-        """Side by side within a CUDA graph: the second, of many short launches, then hides behind the first. Not with
-        several ranks a clip, whose exchanges have to keep one order."""
-        if self._grid.sp > 1 or not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        """Side by side within a CUDA graph: the second, of many short launches, then hides behind the first. Exchanges
+        of the second must be those of the structure stream, which have a communicator of their own."""
+        if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             return one(), other()
         here = torch.cuda.current_stream()
         if self._beside is None:

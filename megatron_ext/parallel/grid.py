@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ class ProcessGrid:
     sp: int
     device: torch.device
     sp_group: dist.ProcessGroup | None = None  # None when sp is 1
+    side_group: dist.ProcessGroup | None = None  # the same ranks once more: exchanges of work that runs beside other
     world_group: dist.ProcessGroup | None = None  # None in a single process
 
     @property
@@ -31,6 +32,10 @@ class ProcessGrid:
     def sp_rank(self) -> int:
         return self.rank % self.sp
 
+    def beside(self) -> ProcessGrid:
+        """The grid for work on a second stream: a communicator takes its exchanges in one order only."""
+        return replace(self, sp_group=self.side_group)
+
     @classmethod
     def single(cls, device: torch.device | None = None) -> ProcessGrid:
         """One process, no communication."""
@@ -44,12 +49,12 @@ class ProcessGrid:
         check_grid(world, sp)
         if world == 1:
             return cls.single(device)
-        sp_group = None
+        sp_group = side_group = None
         for ranks in torch.arange(world, device="cpu").view(-1, sp).tolist() if sp > 1 else []:
-            group = dist.new_group(ranks)
+            groups = dist.new_group(ranks), dist.new_group(ranks)
             if rank in ranks:
-                sp_group = group
-        return cls(world, rank, sp, device, sp_group, dist.group.WORLD)
+                sp_group, side_group = groups
+        return cls(world, rank, sp, device, sp_group, side_group, dist.group.WORLD)
 
 
 def check_grid(world: int, sp: int) -> None:
