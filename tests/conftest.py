@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.face_models import FaceModels, write_face_models
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -46,6 +47,12 @@ def sample_dir() -> Path:
     folder = ROOT / "data_shards" / "sample"
     assert any(folder.glob("*.mp4")), f"{folder}: no clips"
     return folder
+
+
+@pytest.fixture(scope="session")
+def face_models(tmp_path_factory: pytest.TempPathFactory) -> FaceModels:
+    """Checkpoints of LivePortrait, DECA and EMOCA in the published layout, with random weights."""
+    return write_face_models(tmp_path_factory.mktemp("face-models"))
 
 
 @pytest.fixture(scope="session", autouse=True)

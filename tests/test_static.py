@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 # Optional packages: imported in one file each, inside a function.
 OPTIONAL = ("av", "mediapipe", "soundfile", "transformers", "diffusers", "cv2", "insightface", "flash_attn")
 CONTRACT_NEEDS = {"numpy", "torch", "safetensors", "webdataset", "data_shards"}
-READS_PICKLES = {"dualforce/train/checkpoint.py"}
+READS_PICKLES = {"dualforce/train/checkpoint.py", "dualforce/codecs/checkpoint_file.py"}
 READS_ENVIRONMENT = {"dualforce/launch.py", "tools/launch_local.py"}
 MUTATORS = {"append", "extend", "insert", "add", "update", "setdefault", "pop", "popitem", "clear", "remove", "discard"}
 

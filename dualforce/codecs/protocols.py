@@ -3,7 +3,7 @@ features and motion of different tags are different things and never meet in one
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,3 +51,22 @@ class MotionEncoder(Protocol):
     names: tuple[str, ...]
 
     def encode(self, pixels: Pixels, fps: float) -> Tensor: ...
+
+
+class Flame(NamedTuple):
+    """FLAME parameters `values` [P,width] fp32, not normalised. They are data where `valid` [P] bool is True; elsewhere
+    they are zero only because something has to stand there."""
+
+    values: Tensor
+    valid: Tensor
+
+
+class FlameEncoder(Protocol):
+    """FLAME parameters of pictures [P,H,W,3] uint8 with the face in `boxes` [P,4] (x0, y0, x1, y1; forehead to chin; in
+    pixels of the picture; NaN where there is none)."""
+
+    tag: str
+    width: int
+    names: tuple[str, ...]
+
+    def encode(self, pixels: Pixels, boxes: NDArray[np.float64]) -> Flame: ...

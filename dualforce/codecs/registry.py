@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dualforce.codecs import audio_logmel, audio_speech, motion_landmarker, video_dct
-from dualforce.codecs.protocols import AudioEncoder, CodecError, MotionEncoder, VideoCodec
+from dualforce.codecs import audio_logmel, audio_speech, flame_deca, motion_landmarker, motion_liveportrait, video_dct
+from dualforce.codecs.protocols import AudioEncoder, CodecError, FlameEncoder, MotionEncoder, VideoCodec
 
 
 def video_codec(tag: str) -> VideoCodec:
@@ -38,14 +38,39 @@ def audio_encoder_in(folder: Path | None) -> AudioEncoder:
     return audio_logmel.LogMelAudio() if folder is None else audio_speech.SpeechFeatures(folder)
 
 
-def motion_encoder(tag: str, face_landmarker: Path | None) -> MotionEncoder:
+def motion_encoder(tag: str, face_landmarker: Path | None, motion_extractor: Path | None = None) -> MotionEncoder:
     """The motion encoder of a tag, with the model file it needs. Raises CodecError for a tag whose motion cannot be
-    computed from pictures (a rendered clip's sidecar has it) or when the model file is not given or not there."""
+    computed from pictures (a rendered clip's sidecar has it), when the model file is not given or not there, or when
+    it holds another model."""
+    if tag.partition("-")[0] == motion_liveportrait.KIND:
+        if motion_extractor is None:
+            raise CodecError(
+                f"motion {tag!r}: needs --motion-extractor FILE, the LivePortrait checkpoint with this tag"
+            )
+        found = motion_liveportrait.LivePortraitMotion(motion_extractor)
+        if found.tag != tag:
+            raise CodecError(f"--motion-extractor {motion_extractor}: is {found.tag!r}: expected {tag!r}")
+        return found
     if tag != motion_landmarker.TAG:
         raise CodecError(
             f"motion {tag!r}: no encoder computes it from pictures; expected a motion file with this tag, or motion of "
-            f"tag {motion_landmarker.TAG!r}"
+            f"tag {motion_landmarker.TAG!r} or of a {motion_liveportrait.KIND} model"
         )
     if face_landmarker is None:
         raise CodecError(f"motion {tag!r}: needs --face-landmarker FILE (MediaPipe's face_landmarker.task)")
     return motion_landmarker.LandmarkerMotion(face_landmarker)
+
+
+def motion_encoder_in(face_landmarker: Path, motion_extractor: Path | None) -> MotionEncoder:
+    """LivePortrait's encoder if there is its checkpoint, else MediaPipe's; CodecError for another file."""
+    if motion_extractor is not None:
+        return motion_liveportrait.LivePortraitMotion(motion_extractor)
+    return motion_landmarker.LandmarkerMotion(face_landmarker)
+
+
+def flame_encoder(checkpoint: Path, tag: str | None = None) -> FlameEncoder:
+    """The FLAME encoder of a checkpoint. Raises CodecError for another file, and for one without this tag if given."""
+    found = flame_deca.DecaFlame(checkpoint)
+    if tag not in (None, found.tag):
+        raise CodecError(f"--flame-encoder {checkpoint}: is {found.tag!r}: expected {tag!r}")
+    return found

@@ -58,6 +58,7 @@ class Sources:
     face_landmarker: Path | None = None
     seconds: float | None = None
     audio_encoder: Path | None = None
+    motion_extractor: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ def _motion(
     tag = extractor["tag"]
     if sources.motion is not None:
         return _given_motion(sources.motion, read_motion(sources.motion), extractor, count)
-    encoder = motion_encoder(tag, sources.face_landmarker)
+    encoder = motion_encoder(tag, sources.face_landmarker, sources.motion_extractor)
     try:
         return encoder.encode(face(edge)[None], FPS)
     except NoFaceError:

@@ -18,7 +18,8 @@ from data_shards.writer import ShardSetWriter
 from dualforce.codecs import motion_landmarker
 from dualforce.codecs.face_landmarker import FaceLandmarkerModel
 from dualforce.codecs.motion_sidecar import FORMAT, Motion, SidecarError, find_sidecar, read_sidecar
-from dualforce.codecs.registry import audio_encoder_in, video_codec
+from dualforce.codecs.protocols import FlameEncoder, MotionEncoder
+from dualforce.codecs.registry import audio_encoder_in, flame_encoder, motion_encoder_in, video_codec
 from dualforce.preprocess.files import find_videos, key_of, name_of
 from dualforce.preprocess.identities import read_identities
 from dualforce.preprocess.pool import run_jobs
@@ -37,12 +38,16 @@ class BuildError(ValueError):
 @dataclass(frozen=True)
 class BuildOptions:
     """`size`: edge of the crops in pixels; `audio_encoder`: folder of a pretrained speech encoder (None: logmel);
+    `motion_extractor`: LivePortrait's checkpoint (None: motion by `face_landmarker`, which finds the face in any case);
+    `flame_encoder`: DECA's or EMOCA's checkpoint (None: no FLAME);
     `identities`: JSON file of who is in which video (None: as sidecars say, or each a person of its own); `workers`:
     processes; `validation_share` of the identities is held out."""
 
     size: int = 128
     face_landmarker: Path | None = None
     audio_encoder: Path | None = None
+    motion_extractor: Path | None = None
+    flame_encoder: Path | None = None
     identities: Path | None = None
     workers: int = 1
     validation_share: float = 0.2
@@ -71,10 +76,11 @@ class BuildReport:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What to do with each video, the motion all of them share, and the files refused at sight."""
+    """What to do with each video, the motion and FLAME all of them share, and the files refused at sight."""
 
     jobs: list[Job]
     motion: dict[str, Any]
+    flame: dict[str, Any] | None
     rejected: list[dict[str, Any]]
 
 
@@ -82,7 +88,7 @@ def build_shards(src: Path, out: Path, options: BuildOptions, console: Console |
     """Build the shard set `out` from the videos under `src`.
 
     Raises BuildError (no video, motion tags mixed, no face landmarker where one is needed, nothing usable), CodecError
-    (a face landmarker that cannot be used) and ShardError (`out` holds a set already). Shows progress on `console`
+    (a model file that cannot be used) and ShardError (`out` holds a set already). Shows progress on `console`
     (default: standard error).
     """
     begun = time.monotonic()
@@ -96,7 +102,7 @@ def build_shards(src: Path, out: Path, options: BuildOptions, console: Console |
         shutil.rmtree(stale)
     with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=out) as scratch, _progress(console) as progress:
         plan = _plan(src, videos, options, Path(scratch), progress)
-        with ShardSetWriter(out, _extractors(options, plan.motion)) as writer:
+        with ShardSetWriter(out, _extractors(options, plan)) as writer:
             outcomes = _run(plan.jobs, options.workers, progress)
             rejected = sorted(
                 [*plan.rejected, *(entry for outcome in outcomes for entry in outcome.rejected)],
@@ -122,9 +128,15 @@ def _plan(src: Path, videos: list[Path], options: BuildOptions, scratch: Path, p
             f"{len(videos) - len(without)} videos have sidecars of tag {motion.tag!r}: expected one tag in a shard set"
         )
     if motion is None:
-        motion_entry = _landmarker_motion(src, options.face_landmarker)
+        motion_entry = _picture_motion(src, options.face_landmarker, options.motion_extractor)
+    elif options.motion_extractor is not None:
+        raise BuildError(
+            f"--motion-extractor {options.motion_extractor}: the videos have sidecars with motion of tag "
+            f"{motion.tag!r}: expected one source of motion"
+        )
     else:
         motion_entry = {"tag": motion.tag, "width": len(motion.names), "names": list(motion.names)}
+    flame_entry = None if options.flame_encoder is None else _entry(flame_encoder(options.flame_encoder))
     named = options.identities and read_identities(options.identities, [name_of(video, src) for video in videos])
     jobs: list[Job] = []
     rejected: list[dict[str, Any]] = list(broken.values())
@@ -157,9 +169,13 @@ def _plan(src: Path, videos: list[Path], options: BuildOptions, scratch: Path, p
                 landmarker=None if sidecars[video] else options.face_landmarker,
                 scratch=scratch,
                 audio_encoder=options.audio_encoder,
+                motion_extractor=options.motion_extractor,
+                motion_tag=motion_entry["tag"],
+                flame_encoder=options.flame_encoder,
+                flame_tag=None if flame_entry is None else flame_entry["tag"],
             )
         )
-    return _Plan(jobs, motion_entry, rejected)
+    return _Plan(jobs, motion_entry, flame_entry, rejected)
 
 
 def _sidecar_motion(
@@ -190,7 +206,7 @@ def _sidecar_motion(
     return first[1], identities, broken
 
 
-def _landmarker_motion(src: Path, model: Path | None) -> dict[str, Any]:
+def _picture_motion(src: Path, model: Path | None, extractor: Path | None) -> dict[str, Any]:
     """The extractor entry of motion read from pictures; raises BuildError or CodecError without a working model."""
     if model is None:
         raise BuildError(
@@ -198,17 +214,22 @@ def _landmarker_motion(src: Path, model: Path | None) -> dict[str, Any]:
             "--face-landmarker FILE (MediaPipe's face_landmarker.task)"
         )
     with FaceLandmarkerModel(model, video=False):  # a file that cannot be loaded is said before the work starts
-        encoder = motion_landmarker.LandmarkerMotion(model)
+        return _entry(motion_encoder_in(model, extractor))
+
+
+def _entry(encoder: MotionEncoder | FlameEncoder) -> dict[str, Any]:
     return {"tag": encoder.tag, "width": encoder.width, "names": list(encoder.names)}
 
 
-def _extractors(options: BuildOptions, motion: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _extractors(options: BuildOptions, plan: _Plan) -> dict[str, dict[str, Any]]:
     codec, audio = video_codec(VIDEO_TAG), audio_encoder_in(options.audio_encoder)
     edge = options.size // codec.stride
+    flame = {} if plan.flame is None else {"flame": plan.flame}
     return {
         "video": {"tag": codec.tag, "channels": codec.channels, "height": edge, "width": edge},
-        "motion": motion,
+        "motion": plan.motion,
         "audio": {"tag": audio.tag, "width": audio.width, "hz": audio.hz},
+        **flame,
     }
 
 

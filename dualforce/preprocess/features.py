@@ -10,13 +10,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dualforce.codecs.face_box import Pixels
 from dualforce.codecs.media_clock import Wave
 from dualforce.codecs.motion_landmarker import NoFaceError
 from dualforce.codecs.motion_sidecar import Motion
-from dualforce.codecs.protocols import AudioEncoder, MotionEncoder, VideoCodec
+from dualforce.codecs.protocols import AudioEncoder, FlameEncoder, MotionEncoder, VideoCodec
 from dualforce.preprocess.reasons import Reason, Rejected
 from dualforce.preprocess.windows import Window
 from dualforce.types import FPS, SAMPLES_PER_FRAME, FrameSpan, audio_frames_of, latent_frames, struct_pixels
@@ -49,6 +50,28 @@ def picture_motion(encoder: MotionEncoder, pixels: Pixels) -> Extracted:
     except NoFaceError as error:
         raise Rejected(Reason.R_NOFACE, f"{error} of the window") from error
     return Extracted(encoder.tag, _struct(_finite(rows, encoder.tag)))
+
+
+def check_faces_seen(boxes: NDArray[np.float64]) -> None:
+    """Raise Rejected (R_NOFACE) where a box [P,4] of the window is NaN: an encoder that takes any picture for a face
+    would give motion that is none."""
+    missing = np.flatnonzero(~np.isfinite(boxes).all(axis=1))
+    if len(missing):
+        raise Rejected(Reason.R_NOFACE, f"{NoFaceError(int(missing[0]))} of the window ({len(missing)} such)")
+
+
+class ExtractedFlame(NamedTuple):
+    """FLAME [F,4,Cf] fp32, `valid` [F,4] bool where it is data, and the tag of its extractor."""
+
+    tag: str
+    data: Tensor
+    valid: Tensor
+
+
+def flame_parameters(encoder: FlameEncoder, pixels: Pixels, boxes: NDArray[np.float64]) -> ExtractedFlame:
+    """FLAME of the window's crops [P,H,W,3] uint8. `boxes` [P,4]: the face in their pixels, NaN where there is none."""
+    found = encoder.encode(pixels, boxes)
+    return ExtractedFlame(encoder.tag, _struct(found.values), _struct(found.valid))
 
 
 def sidecar_motion(motion: Motion, window: Window) -> Extracted:

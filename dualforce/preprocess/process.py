@@ -14,16 +14,18 @@ from safetensors.torch import load_file, save_file
 
 from data_shards.schema import ClipSample
 from dualforce.codecs import motion_landmarker, video_dct
-from dualforce.codecs.face_box import Pixels, resize, square_boxes
+from dualforce.codecs.face_box import Boxes, Pixels, resize, square_boxes
 from dualforce.codecs.media import MediaError, MediaInfo, probe, read_sound
 from dualforce.codecs.media_clock import PlacedSound
 from dualforce.codecs.motion_sidecar import Sidecar, SidecarError, read_sidecar
-from dualforce.codecs.registry import audio_encoder_in, motion_encoder, video_codec
+from dualforce.codecs.protocols import FlameEncoder, MotionEncoder
+from dualforce.codecs.registry import audio_encoder_in, flame_encoder, motion_encoder, video_codec
 from dualforce.preprocess import features, quality
 from dualforce.preprocess.face_crop import CropTrack, crop_frames, plan_crop
 from dualforce.preprocess.face_track import FaceTrack, track_faces, track_sidecar
 from dualforce.preprocess.quality import Limits
 from dualforce.preprocess.reasons import Reason, Rejected
+from dualforce.preprocess.window_faces import boxes_in_crops, find_faces
 from dualforce.preprocess.windows import Window, check_window, plan_windows
 
 VIDEO_TAG = video_dct.TAG
@@ -33,7 +35,8 @@ VIDEO_TAG = video_dct.TAG
 class Job:
     """One video: where it is, what it is called in the shards, and how to treat it.
 
-    Either `sidecar` or `landmarker` is set.
+    Either `sidecar` or `landmarker` is set. `motion_tag` and `flame_tag` are those of the shard set: a checkpoint that
+    was exchanged meanwhile is refused.
     """
 
     video: Path
@@ -48,6 +51,10 @@ class Job:
     landmarker: Path | None
     scratch: Path
     audio_encoder: Path | None = None  # folder of a pretrained one; None: features without weights
+    motion_extractor: Path | None = None  # LivePortrait's checkpoint; None: MediaPipe's motion
+    motion_tag: str = motion_landmarker.TAG
+    flame_encoder: Path | None = None  # DECA's or EMOCA's checkpoint; None: no FLAME
+    flame_tag: str | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,8 @@ class _Clip:
     track: FaceTrack
     crop: CropTrack
     audio: features.Extracted
+    motion: MotionEncoder | None  # None: the sidecar's
+    flame: FlameEncoder | None
     rejected: list[dict[str, Any]] = field(default_factory=list)
 
     def reject(self, window: Window, error: Rejected) -> None:
@@ -127,7 +136,9 @@ def _prepare(job: Job) -> _Clip:
         raise ValueError(f"{job.source}: neither sidecar nor face landmarker: expected one of them")
     quality.check_faces(track, job.size, job.limits)
     audio = features.audio_track(audio_encoder_in(job.audio_encoder), sound.wave)
-    return _Clip(job, info, sidecar, sound, track, plan_crop(track), audio)
+    motion = None if sidecar else motion_encoder(job.motion_tag, job.landmarker, job.motion_extractor)
+    flame = flame_encoder(job.flame_encoder, job.flame_tag) if job.flame_encoder else None
+    return _Clip(job, info, sidecar, sound, track, plan_crop(track), audio, motion, flame)
 
 
 def _samples(clip: _Clip) -> Iterator[ClipSample]:
@@ -158,10 +169,9 @@ def _window_crops(clip: _Clip, windows: list[Window]) -> Iterator[tuple[Window, 
 def _sample(clip: _Clip, window: Window, crops: Pixels) -> ClipSample:
     """Every stream of one window. Raises Rejected."""
     job = clip.job
-    if clip.sidecar is not None:
-        motion = features.sidecar_motion(clip.sidecar.motion, window)
-    else:
-        motion = features.picture_motion(motion_encoder(motion_landmarker.TAG, job.landmarker), crops)
+    faces = _faces(clip, window, crops)
+    motion = _motion(clip, window, crops, faces)
+    flame = None if clip.flame is None else features.flame_parameters(clip.flame, crops, faces)
     pixels = np.stack([resize(picture, job.size) for picture in crops])
     codec = video_codec(VIDEO_TAG)
     return ClipSample(
@@ -172,14 +182,36 @@ def _sample(clip: _Clip, window: Window, crops: Pixels) -> ClipSample:
         struct=motion.data,
         audio=features.audio_window(clip.audio, window).data,
         voiced=features.voiced_frames(clip.sound.wave, window),
-        flame=None,
-        flame_valid=None,
+        flame=None if flame is None else flame.data,
+        flame_valid=None if flame is None else flame.valid,
         text=None,
-        meta=_meta(clip, window, motion.tag),
+        meta=_meta(clip, window, motion.tag, flame),
     )
 
 
-def _meta(clip: _Clip, window: Window, motion_tag: str) -> dict[str, Any]:
+def _faces(clip: _Clip, window: Window, crops: Pixels) -> Boxes:
+    """Face boxes [P,4] in pixels of the window's crops, NaN where there is no face; [0,4] when nothing needs them."""
+    if clip.flame is None and clip.job.motion_extractor is None:
+        return np.empty((0, 4))
+    if clip.sidecar is not None:
+        part = slice(window.start, window.start + window.length)
+        return boxes_in_crops(clip.sidecar.face_boxes[part], clip.crop.squares[part], crops.shape[1])
+    if clip.job.landmarker is None:
+        raise ValueError(f"{clip.job.source}: no face landmarker: expected one")
+    return find_faces(crops, clip.job.landmarker)
+
+
+def _motion(clip: _Clip, window: Window, crops: Pixels, faces: Boxes) -> features.Extracted:
+    if clip.sidecar is not None:
+        return features.sidecar_motion(clip.sidecar.motion, window)
+    if clip.motion is None:
+        raise ValueError(f"{clip.job.source}: no motion encoder: expected one, as there is no sidecar")
+    if clip.job.motion_extractor is not None:
+        features.check_faces_seen(faces)
+    return features.picture_motion(clip.motion, crops)
+
+
+def _meta(clip: _Clip, window: Window, motion_tag: str, flame: features.ExtractedFlame | None) -> dict[str, Any]:
     """Where the sample comes from and how it was made; crop boxes (x0, y0, x1, y1) in source pixels per frame."""
     boxes = square_boxes(clip.crop.squares[window.start : window.start + window.length])
     info = clip.info
@@ -193,6 +225,9 @@ def _meta(clip: _Clip, window: Window, motion_tag: str) -> dict[str, Any]:
         "tags": {"video": VIDEO_TAG, "motion": motion_tag, "audio": clip.audio.tag},
         "checks": quality.report(clip.track, clip.sound),
     }
+    if flame is not None:
+        meta["tags"]["flame"] = flame.tag
+        meta["checks"]["flame_valid"] = round(float(flame.valid.float().mean()), 4)
     if clip.sidecar is not None:
         meta |= {"licence": clip.sidecar.licence, "audio_offset_s": clip.sidecar.audio_offset}
     return meta

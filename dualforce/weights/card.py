@@ -13,6 +13,9 @@ EXTRACTORS = {
     "logmel-": "log-mel spectrum, part of DualForce (Apache-2.0), no weights",
     "rendered-head-": "known motion of rendered heads, part of DualForce (Apache-2.0), no weights",
     "mediapipe-face-landmarker-": "MediaPipe FaceLandmarker, face_landmarker.task by Google (Apache-2.0)",
+    "liveportrait-": "LivePortrait motion extractor, motion_extractor.pth by KwaiVGI (MIT)",
+    "deca-": "DECA, FLAME parameters (for non-commercial use, after registration)",
+    "emoca-": "EMOCA, FLAME parameters (for non-commercial use, after registration)",
 }
 
 CARD = """# DualForce model

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.face_models import FaceModels
 from helpers.model_folder import run_config
 from helpers.random_model import random_model
 from hypothesis import given
@@ -16,7 +17,8 @@ from hypothesis import strategies as st
 
 from dualforce.codecs.media import Wave, read_image
 from dualforce.codecs.motion_landmarker import CROP_SIZE, TAG, LandmarkerMotion
-from dualforce.codecs.protocols import Pixels
+from dualforce.codecs.motion_liveportrait import LivePortraitMotion
+from dualforce.codecs.protocols import CodecError, Pixels
 from dualforce.data.windows import audio_windows
 from dualforce.generate import inputs as module
 from dualforce.generate.inputs import GenerateError, Sources, prepare, whole_frames
@@ -83,10 +85,24 @@ def test_motion_is_read_from_a_crop_of_the_size_that_training_used(
             seen.append(pixels.shape)
             return super().encode(pixels, fps)
 
-    monkeypatch.setattr(module, "motion_encoder", lambda tag, path: Recorder(path))
+    monkeypatch.setattr(module, "motion_encoder", lambda tag, path, extractor: Recorder(path))
     model, config = real_config(128, LandmarkerMotion.width)
     prepare(sources, config, model, "config.json")
     assert seen == [(1, CROP_SIZE, CROP_SIZE, 3)]
+
+
+def test_liveportrait_motion_of_the_picture(sources: Sources, face_models: FaceModels) -> None:
+    """By the checkpoint of the model's tag, from the crop that the shard builder reads motion from."""
+    encoder = LivePortraitMotion(face_models.liveportrait)
+    model = random_model(encoder.width, WIDTH)
+    config = run_config(model, 128, encoder.tag)
+    with pytest.raises(CodecError, match=f"{encoder.tag}.*needs --motion-extractor FILE"):
+        prepare(sources, config, model.config, "config.json")
+    given = replace(sources, motion_extractor=face_models.liveportrait)
+    found = prepare(given, config, model.config, "config.json")
+    crop = module._face(sources.image, 128, sources.face_landmarker)(CROP_SIZE)
+    wanted = found.statistics.normalise_struct(encoder.encode(crop[None], 25))
+    assert torch.allclose(found.inputs.first_motion, wanted.expand(4, -1), rtol=1e-4, atol=1e-4)
 
 
 def test_face_takes_about_half_of_the_crop(sources: Sources) -> None:
