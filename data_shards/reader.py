@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_shards.clip import read_prefix, read_whole
-from data_shards.files import open_plain, parse_json, read_document, read_range
+from data_shards.files import encode_json, open_plain, parse_json, read_document, read_range
 from data_shards.index import ClipEntry, ShardIndex, check_index
 from data_shards.manifest import check_seal, check_version, index_name_of, read_manifest
 from data_shards.schema import SPLITS, ClipSample, ShardError, fail, shown, tags_of
@@ -33,6 +33,13 @@ class ShardSet:
         self.root = root
         self.manifest = manifest
         self._places = places
+
+    @property
+    def hash(self) -> str:
+        """What tells the set from any other, and from itself before a change: hex sha256 of its manifest, which has
+        the hashes of all its files."""
+        own = {key: value for key, value in self.manifest.items() if key != "sha256"}
+        return hashlib.sha256(encode_json(own, str(self.root))).hexdigest()
 
     @classmethod
     def open(cls, root: Path) -> ShardSet:

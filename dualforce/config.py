@@ -135,6 +135,8 @@ class DataConfig(Section):
     clips_per_step: int = Field(default=8, ge=1, description="clips of one optimizer step over all ranks")
     max_micro_batch: int = Field(default=8, ge=1, description="clips per forward on one data-parallel rank, at most")
     prefetch: int = Field(default=2, ge=1, description="steps read ahead")
+    workers: int = Field(default=0, ge=0, description="processes of each rank that read; 0: a thread of the trainer")
+    allow_new_shards: bool = Field(default=False, description="--resume may go on with another shard set")
     max_damaged: int = Field(
         default=0,
         ge=0,

@@ -1,78 +1,52 @@
-"""Reads whole optimizer steps ahead of the training loop, in one background thread."""
+"""Reads whole optimizer steps ahead of the training loop: in a background thread, or in processes."""
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
-from data_shards.reader import ShardReader
-from data_shards.schema import ClipSample, ShardError
-from dualforce.config import ConfigError, DataConfig
-from dualforce.data.collate import collate
-from dualforce.data.order import ClipRef, clips_of_rank, replacements
-from dualforce.data.statistics import StreamStatistics
-from dualforce.types import AUDIO_FRAMES, ClipBatch
+from data_shards.reader import ShardSet
+from data_shards.schema import ShardError
+from dualforce.data.steps import Damaged, Deal, StepRead, StepReader
+from dualforce.data.workers import Split, WorkerPool
+from dualforce.types import ClipBatch
 
 ItemT = TypeVar("ItemT")
-
-
-class Damaged(NamedTuple):
-    """A clip that could not be read: the step (from 0) that met it, its key, and the reason with shard and member."""
-
-    step: int
-    key: str
-    reason: str
+SPLIT = "train"
 
 
 class StepLoader(Generic[ItemT]):
     """Iterates over optimizer steps `start_step` to `stop_step - 1`; each is what `finish` makes, in the background, of
     one rank's list of micro-batches.
 
-    The clips of a step are a pure function of (seed, step): ranks, micro-batches and resumption only deal them out.
-    Data-parallel rank r takes the step's clips [r * per_rank, (r + 1) * per_rank), per_rank = clips_per_step / dp_size,
-    in micro-batches of `micro_batch`. All ranks of a sequence-parallel group pass the same `dp_rank` and get the same
-    clips.
+    The clips of a step are a pure function of (hash of the set, seed, step): ranks, micro-batches, workers and
+    resumption only deal them out (`Deal`). All ranks of a sequence-parallel group pass the same `dp_rank` and get the
+    same clips.
 
-    Up to `data.prefetch` finished steps wait in memory. The thread ends with the iteration, also one left early. A clip
-    that cannot be read is replaced (`order.replacements`: equal damage gives equal clips on every rank) and told of in
-    `damaged`, up to `data.max_damaged` of them; the next is raised as a ShardError where the step would have come,
-    after the steps before it.
-    Raises ConfigError for sizes that do not divide, a crop longer than the clips, or a split without clips.
+    Steps are read by `data.workers` processes, or by the thread itself if that is 0; `finish` is called in the thread.
+    Up to `data.prefetch` finished steps wait in memory, and each process has one more at hand. Thread and processes end
+    with the iteration, also one left early.
+
+    A clip that cannot be read is replaced (`StepReader`) and told of in `damaged`, up to `data.max_damaged` of them in
+    all processes together; the next is raised as a ShardError where the step would have come, after the steps before
+    it. So is the LoaderError of a process that died.
+    Raises ConfigError as `Deal.check`.
     """
 
     def __init__(
-        self,
-        reader: ShardReader,
-        statistics: StreamStatistics,
-        data: DataConfig,
-        *,
-        context: int,
-        text_dim: int,
-        seed: int,
-        dp_rank: int,
-        dp_size: int,
-        micro_batch: int,
-        start_step: int,
-        stop_step: int,
-        finish: Callable[[list[ClipBatch]], ItemT],
+        self, shards: ShardSet, deal: Deal, start_step: int, stop_step: int, finish: Callable[[list[ClipBatch]], ItemT]
     ) -> None:
-        _check(reader, data, dp_rank, dp_size, micro_batch)
+        reader = shards.split(SPLIT)
+        deal.check(reader)
         self.wait_seconds = 0.0  # time the consumer waited for data, over all steps
-        self.damaged: list[Damaged] = []  # clips that could not be read, as they were met; the thread is ahead
-        self._unreadable: set[int] = set()
-        self._reader = reader
-        self._statistics = statistics
-        self._data = data
-        self._context = context
-        self._beyond = -(-context // AUDIO_FRAMES)  # latent frames of sound that the last window looks into
-        self._text_dim = text_dim
-        self._seed = seed
-        self._dp_rank, self._dp_size = dp_rank, dp_size
-        self._micro_batch = micro_batch
+        self.damaged: list[Damaged] = []  # clips that could not be read, in the order of the steps; the thread is ahead
+        self._known: set[str] = set()  # keys of them
+        self._split = Split(shards.root, SPLIT, shards.hash)
+        self._here = StepReader(reader, shards.hash, deal)
+        self._deal = deal
         self._steps = range(start_step, stop_step)
         self._finish = finish
         self._ahead: _ReadAhead[ItemT] | None = None
@@ -80,7 +54,14 @@ class StepLoader(Generic[ItemT]):
     def __iter__(self) -> Iterator[ItemT]:
         """Steps from `start_step` on; a second call ends the first iteration and starts again."""
         self.close()
-        ahead = _ReadAhead(lambda step: self._finish(self.step(step)), self._steps, self._data.prefetch)
+        data = self._deal.data
+        pool = WorkerPool(self._split, self._deal, self._steps, data.workers) if data.workers else None
+
+        def make(step: int) -> ItemT | None:
+            found = self._here.read(step) if pool is None else pool.take()
+            return None if found is None else self._finish(self._accepted(found))
+
+        ahead = _ReadAhead(make, self._steps, data.prefetch, pool)
         self._ahead = ahead
         try:
             for _ in self._steps:
@@ -95,68 +76,42 @@ class StepLoader(Generic[ItemT]):
 
     def step(self, step: int) -> list[ClipBatch]:
         """Read and collate the micro-batches of one step, here and now."""
-        clips, count = self._data.clips_per_step, len(self._reader)
-        own = clips_of_rank(step, clips, count, self._seed, self._dp_rank, self._dp_size)
-        return [self._batch(step, own[i : i + self._micro_batch]) for i in range(0, len(own), self._micro_batch)]
+        return self._accepted(self._here.read(step))
 
     def close(self) -> None:
-        """Stop reading ahead and wait for the thread to end; the iteration ends too. Harmless when nothing runs."""
+        """Stop reading ahead and wait for thread and processes to end; the iteration ends too. Harmless when nothing
+        runs."""
         if self._ahead is not None:
             self._ahead.close()
             self._ahead = None
 
-    def _batch(self, step: int, refs: list[ClipRef]) -> ClipBatch:
-        samples = [self._read(step, ref) for ref in refs]
-        return collate(samples, refs, self._statistics, self._data.frames, self._context, self._text_dim)
-
-    def _read(self, step: int, ref: ClipRef) -> ClipSample:
-        for choice in itertools.chain((ref,), replacements(ref, len(self._reader), self._seed)):
-            if choice.index in self._unreadable:
+    def _accepted(self, found: StepRead) -> list[ClipBatch]:
+        """The micro-batches of a step, after its damage has been counted."""
+        most = self._deal.data.max_damaged
+        for one in found.damaged:
+            if one.key in self._known:
                 continue
-            try:
-                return self._reader.read(choice.index, self._data.frames, self._beyond)
-            except ShardError as error:
-                if len(self._unreadable) >= self._data.max_damaged:
-                    raise self._too_many(error) from None
-                self._unreadable.add(choice.index)
-                self.damaged.append(Damaged(step, self._reader.keys[choice.index], str(error)))
-        raise ShardError(f"{self._reader.root}: all {len(self._reader)} clips of the split are damaged: expected some")
-
-    def _too_many(self, error: ShardError) -> ShardError:
-        if not self._data.max_damaged:
-            return error
-        return ShardError(f"{error}; {self._data.max_damaged} before it: expected no more than data.max_damaged")
-
-
-def _check(reader: ShardReader, data: DataConfig, dp_rank: int, dp_size: int, micro_batch: int) -> None:
-    if dp_size < 1 or not 0 <= dp_rank < dp_size:
-        raise ConfigError(f"data-parallel rank {dp_rank} of {dp_size}: expected 0 <= rank < size")
-    if data.clips_per_step % dp_size:
-        raise ConfigError(
-            f"data.clips_per_step: {data.clips_per_step}: expected a multiple of {dp_size} data-parallel ranks"
-        )
-    per_rank = data.clips_per_step // dp_size
-    if micro_batch < 1 or per_rank % micro_batch:
-        raise ConfigError(f"micro-batch {micro_batch}: expected a divisor of the {per_rank} clips per step and rank")
-    if not len(reader):
-        raise ConfigError(f"data.shards: {reader.root}: 0 clips in the split: expected at least 1")
-    if data.frames > reader.frames:
-        raise ConfigError(
-            f"data.frames: {data.frames}: expected at most {reader.frames}, the latent frames of clips in {reader.root}"
-        )
+            if len(self.damaged) >= most:
+                before = f"; {most} before it: expected no more than data.max_damaged" if most else ""
+                raise ShardError(f"{one.reason}{before}")
+            self._known.add(one.key)
+            self.damaged.append(one)
+        if found.fault is not None:
+            raise ShardError(found.fault)
+        return found.batches
 
 
 class _ReadAhead(Generic[ItemT]):
-    """A thread that makes the items in order and keeps at most `depth` of them waiting."""
+    """A thread that makes the items in order and keeps at most `depth` of them waiting, by means of `pool` if there is
+    one."""
 
-    def __init__(self, make: Callable[[int], ItemT], steps: range, depth: int) -> None:
-        self._make = make
-        self._steps = steps
-        self._depth = depth
+    def __init__(self, make: Callable[[int], ItemT | None], steps: range, depth: int, pool: WorkerPool | None) -> None:
+        self._make, self._steps, self._depth, self._pool = make, steps, depth, pool
         self._changed = threading.Condition()
         self._ready: deque[ItemT] = deque()
         self._fault: BaseException | None = None
         self._closed = False
+        self._closing = threading.Lock()  # the consumer and whoever closes from outside may come at once
         # A daemon, so that a process which ends in the middle of a run is not held up by its reader.
         self._thread = threading.Thread(target=self._work, name="dualforce-read-ahead", daemon=True)
         self._thread.start()
@@ -177,12 +132,18 @@ class _ReadAhead(Generic[ItemT]):
         raise fault
 
     def close(self) -> None:
-        """End the thread after the item it is at, and drop what waits."""
+        """End the thread after the item it is at, drop what waits, end the processes. From any thread, also twice."""
         with self._changed:
             self._closed = True
             self._ready.clear()
             self._changed.notify_all()
-        self._thread.join()
+        with self._closing:
+            pool, self._pool = self._pool, None
+            if pool is not None:
+                pool.stop()
+            self._thread.join()
+            if pool is not None:
+                pool.close()
 
     def _work(self) -> None:
         try:
@@ -192,6 +153,8 @@ class _ReadAhead(Generic[ItemT]):
                     if self._closed:
                         return
                 item = self._make(step)
+                if item is None:  # stopped
+                    return
                 with self._changed:
                     self._ready.append(item)
                     self._changed.notify_all()

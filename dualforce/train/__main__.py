@@ -16,6 +16,7 @@ from dualforce import launch
 from dualforce.config import ConfigError, ModelConfig, RunConfig, load_run, read_json
 
 if TYPE_CHECKING:
+    from data_shards.reader import ShardSet
     from dualforce.train.loop import Job
 
 
@@ -32,6 +33,7 @@ def main() -> None:
         job, start = _prepare(run, out, arguments.resume)
     except ValueError as error:  # ConfigError and ShardError too; every rank meets the same one
         _leave(error, launch.is_main())
+    from dualforce.data.workers import LoaderError
     from dualforce.train.engine import close_engine
     from dualforce.train.loop import train
 
@@ -39,11 +41,13 @@ def main() -> None:
         train(job, start)
     except ShardError as error:  # a clip's; only the ranks that share the clip meet it, and the first of them speaks
         _leave(error, job.context.grid.sp_rank == 0)
+    except LoaderError as error:  # a process of this rank alone
+        _leave(error, True)
     close_engine(job.engine)
     launch.finish()
 
 
-def _leave(error: ValueError, speak: bool) -> NoReturn:
+def _leave(error: Exception, speak: bool) -> NoReturn:
     if speak:
         print(f"error: {error}", file=sys.stderr, flush=True)
     raise SystemExit(2) from None
@@ -71,29 +75,46 @@ def _check_out(out: Path, resume: bool) -> None:
         raise ConfigError(f"{out}: --resume, but there is no checkpoints folder")
 
 
-def _check_same_shards(out: Path, manifest: dict[str, Any]) -> None:
-    """A run goes on with the data it began with: weights and statistics of other extractors mean something else."""
-    saved = read_json(out / "config.json")
-    for key in ("extractors", "statistics"):
-        if saved.get(key) != manifest[key]:
-            raise ConfigError(
-                f"{out / 'config.json'}: {key} differ from those of data.shards; expected the shard set of the run"
-            )
+def statistics_of_run(out: Path, shards: ShardSet, allow_new: bool) -> dict[str, Any]:
+    """What a resumed run normalises by: the statistics it began with, because its weights mean nothing under others.
+
+    Raises ConfigError for another shard set than the checkpoint's, unless `allow_new`, and for other extractors.
+    """
+    from dualforce.train.checkpoint import read_state
+
+    saved, state = read_json(out / "config.json"), read_state(out)
+    if state.shards != shards.hash and not allow_new:
+        raise ConfigError(
+            f"{out}: checkpoint of step {state.step}: shards: {state.shards}: expected {shards.hash}, the hash of "
+            f"{shards.root}, as the order of the clips follows from it (data.allow_new_shards = true goes on with the "
+            "other set, in its order)"
+        )
+    if saved.get("extractors") != shards.manifest["extractors"]:
+        raise ConfigError(
+            f"{out / 'config.json'}: extractors differ from those of data.shards; expected those of the run's beginning"
+        )
+    found = saved.get("statistics")
+    if not isinstance(found, dict):
+        raise ConfigError(f"{out / 'config.json'}: statistics: {type(found).__name__}: expected an object")
+    return found
 
 
 def _prepare(run: RunConfig, out: Path, resume: bool) -> tuple[Job, int]:
     # What needs DeepSpeed or the shards comes after the run file has been checked: a typo answers at once.
     from data_shards.reader import ShardSet
+    from dualforce.data.statistics import StreamStatistics
     from dualforce.train.setup import model_config, prepare_job
 
     shards = ShardSet.open(Path(run.data.shards))
     model = model_config(run, shards.manifest)
+    manifest = dict(shards.manifest)
     if resume:
-        _check_same_shards(out, shards.manifest)
+        manifest["statistics"] = statistics_of_run(out, shards, run.data.allow_new_shards)
+    statistics = StreamStatistics.from_manifest(manifest)
     grid = launch.start(run.parallel.sequence, run.train.seed)
-    job, start = prepare_job(run, model, shards, grid, out, resume)
+    job, start = prepare_job(run, model, shards, statistics, grid, out, resume)
     if grid.rank == 0:
-        write_config(out, run, model, shards.manifest)
+        write_config(out, run, model, manifest)
     return job, start
 
 

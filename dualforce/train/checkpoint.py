@@ -29,7 +29,8 @@ POINTER = "LATEST"
 
 @dataclass(frozen=True)
 class SavedState:
-    """What DeepSpeed does not keep. The data position is the step: order and noise are functions of (seed, step)."""
+    """What DeepSpeed does not keep. The data position is the step: the order is a function of (shard set, seed, step),
+    the noise one of (seed, step)."""
 
     step: int  # optimizer steps done
     world: int
@@ -39,6 +40,7 @@ class SavedState:
     engine: dict[str, Any]  # the DeepSpeed configuration with its batch keys filled in
     units: dict[str, dict[str, list[Slot]]]  # where each parameter lies in the flat tensors of its gather unit
     optimizer: str  # its class
+    shards: str  # hash of the shard set
 
 
 def save(engine: Any, run_dir: Path, state: SavedState, grid: ProcessGrid) -> None:
@@ -62,9 +64,12 @@ def read_state(run_dir: Path, step: int | None = None) -> SavedState:
         raise ConfigError(f"{pointer}: no such file; expected a run with a checkpoint")
     tag = pointer.read_text(encoding="utf-8").strip() if step is None else _tag(step)
     values = read_json(folder / tag / "state.json")
-    if "units" not in values:
-        path = folder / tag / "state.json"
-        raise ConfigError(f"{path}: key units is missing: expected a checkpoint of this version, 0.1.0 exports its own")
+    for key in ("units", "shards"):
+        if key not in values:
+            path = folder / tag / "state.json"
+            raise ConfigError(
+                f"{path}: key {key} is missing: expected a checkpoint of this version, 0.1.0 exports its own"
+            )
     try:
         saved = SavedState(**values)
         units = {
@@ -130,8 +135,8 @@ def _check_same(saved: SavedState, expected: SavedState, run_dir: Path) -> None:
 FREE_ON_RESUME = frozenset(
     f"train.{name}" for name in ("stop_at", "log_every", "save_every", "validate_every", "image_every")
 ) | {
-    "data.prefetch", "parallel.recompute", "parallel.graphs",
-    "data.shards", "deepspeed",  # where files lie; what is in them is compared
+    "data.prefetch", "data.workers", "data.allow_new_shards", "parallel.recompute", "parallel.graphs",
+    "data.shards", "deepspeed",  # where files lie; what is in them is compared (of the shards by their hash)
 }  # fmt: skip
 
 

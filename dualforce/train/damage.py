@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 from data_shards.schema import ShardError
-from dualforce.data.loader import Damaged, StepLoader
+from dualforce.data.loader import StepLoader
+from dualforce.data.steps import Damaged
 from dualforce.train.step import PreparedStep
 from megatron_ext.parallel.grid import ProcessGrid
 

@@ -15,6 +15,7 @@ from dualforce.config import ConfigError, ModelConfig, RunConfig
 from dualforce.config_errors import describe
 from dualforce.data.loader import StepLoader
 from dualforce.data.statistics import StreamStatistics
+from dualforce.data.steps import Deal
 from dualforce.model.bridge import bridge_layers
 from dualforce.model.path import ChunkRule
 from dualforce.model.placement import Place
@@ -92,7 +93,13 @@ def with_graphs(run: RunConfig, kernels: KernelSet) -> bool:
 
 
 def prepare_job(
-    run: RunConfig, model: ModelConfig, shards: ShardSet, grid: ProcessGrid, out: Path, resume: bool
+    run: RunConfig,
+    model: ModelConfig,
+    shards: ShardSet,
+    statistics: StreamStatistics,
+    grid: ProcessGrid,
+    out: Path,
+    resume: bool,
 ) -> tuple[Job, int]:
     """Build the engine, restore it when resuming, and open the data where it goes on; returns (job, steps done)."""
     plan = plan_batch(run.data.clips_per_step, grid.dp, run.data.max_micro_batch)
@@ -103,30 +110,34 @@ def prepare_job(
     def build(place: Place) -> TrainModule:
         return TrainModule(model, run.loss, kernels, flame and flame["width"], place)
 
-    statistics = StreamStatistics.from_manifest(shards.manifest)
     video = shards.manifest["extractors"]["video"]
     engine = build_engine(build, config, grid, run.parallel.recompute, with_graphs(run, kernels))
     stage = config.get("zero_optimization", {}).get("stage", 0)
     blank = SavedState(
-        0, grid.world, grid.sp, stage, run.model_dump(mode="json"), config, layouts_of(engine.module),
-        optimizer_name(engine),
+        step=0,
+        world=grid.world,
+        sequence=grid.sp,
+        zero_stage=stage,
+        run=run.model_dump(mode="json"),
+        engine=config,
+        units=layouts_of(engine.module),
+        optimizer=optimizer_name(engine),
+        shards=shards.hash,
     )
     start = resume_checkpoint(engine, out, blank, grid) if resume else 0
     context = StepContext(run, grid, kernels, ChunkRule(model.frames_per_chunk, model.window, model.sink))
-    loader = StepLoader(
-        shards.split("train"),
-        statistics,
-        run.data,
+    deal = Deal(
+        statistics=statistics,
+        data=run.data,
         context=model.audio.context,
         text_dim=model.video.text_dim,
         seed=run.train.seed,
         dp_rank=grid.dp_rank,
         dp_size=grid.dp,
         micro_batch=plan.micro_batch,
-        start_step=start,
-        stop_step=min(run.train.steps, run.train.stop_at or run.train.steps),
-        finish=partial(prepare_step, context=context),
     )
+    stop = min(run.train.steps, run.train.stop_at or run.train.steps)
+    loader = StepLoader(shards, deal, start, stop, partial(prepare_step, context=context))
     out.mkdir(parents=True, exist_ok=True)
     job = Job(
         engine=engine,

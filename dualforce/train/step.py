@@ -131,7 +131,7 @@ def _plain_norm(engine: Any) -> Tensor | None:
 
 
 def _page_locked(x: Tensor) -> Tensor:
-    return x.contiguous().pin_memory()
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x)  # one copy, also of a slice
 
 
 def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -18,6 +18,7 @@ from data_shards.schema import ClipSample, ShardError
 from dualforce.config import ConfigError, DataConfig
 from dualforce.data.loader import StepLoader
 from dualforce.data.statistics import StreamStatistics
+from dualforce.data.steps import Deal
 from dualforce.types import ClipBatch
 
 CLIPS = 7
@@ -28,20 +29,23 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     return ShardSet.open(write_fake_shards(tmp_path_factory.mktemp("shards"), clips=CLIPS, frames=3, height=2, width=2))
 
 
-def loader(shards: ShardSet, reader: ShardReader | None = None, **changes: Any) -> StepLoader:
+class OpenedWith:
+    """A set that gives another reader for every split."""
+
+    def __init__(self, shards: ShardSet, reader: Any) -> None:
+        self.root, self.hash, self._reader = shards.root, shards.hash, reader
+
+    def split(self, name: str) -> Any:
+        return self._reader
+
+
+def loader(shards: ShardSet, reader: Any = None, start_step: int = 0, stop_step: int = 6, **changes: Any) -> StepLoader:
     data: dict[str, Any] = {"frames": 3, "clips_per_step": 12, "prefetch": 2, "max_damaged": 0}
     data.update({key: changes.pop(key) for key in list(changes) if key in data})
-    options = {"dp_rank": 0, "dp_size": 1, "micro_batch": 12, "start_step": 0, "stop_step": 6, "seed": 3,
-               "context": 2, **changes}  # fmt: skip
-    statistics = StreamStatistics.from_manifest(shards.manifest)
-    return StepLoader(
-        shards.split("train") if reader is None else reader,
-        statistics,
-        DataConfig(**data),
-        text_dim=4,
-        finish=lambda batches: batches,
-        **options,
-    )
+    options = {"dp_rank": 0, "dp_size": 1, "micro_batch": 12, "seed": 3, "context": 2, **changes}
+    deal = Deal(StreamStatistics.from_manifest(shards.manifest), DataConfig(**data), text_dim=4, **options)
+    opened: Any = shards if reader is None else OpenedWith(shards, reader)
+    return StepLoader(opened, deal, start_step, stop_step, lambda batches: batches)
 
 
 def clips_of(batches: list[ClipBatch]) -> list[tuple[str, tuple[int, int]]]:
@@ -253,6 +257,14 @@ def test_one_damaged_clip_too_many_ends_the_iteration(shards: ShardSet) -> None:
     with pytest.raises(ShardError, match=r"sample 'train-000\d': video: .*; 2 before it: .* data.max_damaged"):
         list(steps)
     assert len(steps.damaged) == 2
+
+
+def test_a_store_that_is_gone_is_not_read_through(shards: ShardSet) -> None:
+    """One clip more than may be damaged is enough to know."""
+    reader = Faulty(shards.split("train"), set(range(CLIPS)))
+    with pytest.raises(ShardError, match="2 before it"):
+        list(loader(shards, reader, max_damaged=2))
+    assert len(reader.tried) == 3
 
 
 def test_nothing_left_to_read(shards: ShardSet) -> None:

@@ -22,6 +22,7 @@ from dualforce import launch
 from dualforce.config import ModelOverrides, RunConfig, validate
 from dualforce.data.loader import StepLoader
 from dualforce.data.statistics import StreamStatistics
+from dualforce.data.steps import Deal
 from dualforce.model.path import ChunkRule
 from dualforce.model.placement import Place, in_place
 from dualforce.presets import PRESETS, Preset, build_model_config
@@ -142,11 +143,12 @@ def train(engine: Any, run: RunConfig, shards: ShardSet, grid: ProcessGrid) -> M
     plan = plan_batch(run.data.clips_per_step, grid.dp, run.data.max_micro_batch)
     config = (engine.module if hasattr(engine, "module") else engine).model.config
     context = StepContext(run, grid, KERNELS, ChunkRule(config.frames_per_chunk, config.window, config.sink))
-    loader = StepLoader(
-        shards.split("train"), StreamStatistics.from_manifest(shards.manifest), run.data, context=config.audio.context,
+    deal = Deal(
+        StreamStatistics.from_manifest(shards.manifest), run.data, context=config.audio.context,
         text_dim=config.video.text_dim, seed=run.train.seed, dp_rank=grid.dp_rank, dp_size=grid.dp,
-        micro_batch=plan.micro_batch, start_step=0, stop_step=STEPS, finish=partial(prepare_step, context=context),
+        micro_batch=plan.micro_batch,
     )  # fmt: skip
+    loader = StepLoader(shards, deal, 0, STEPS, partial(prepare_step, context=context))
     measured = Measured()
     for step, prepared in enumerate(loader):
         shares = torch.zeros(1, dtype=torch.float64)

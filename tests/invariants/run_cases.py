@@ -28,6 +28,7 @@ def export_case() -> None:
     from data_shards.reader import ShardSet
     from dualforce import launch
     from dualforce.config import load_run
+    from dualforce.data.statistics import StreamStatistics
     from dualforce.diffusion.frame_noise import draw_fixed
     from dualforce.train.__main__ import write_config
     from dualforce.train.loop import train
@@ -39,7 +40,8 @@ def export_case() -> None:
     shards = ShardSet.open(Path(run.data.shards))
     model = model_config(run, shards.manifest)
     grid = launch.start(run.parallel.sequence, run.train.seed)
-    job, start = prepare_job(run, model, shards, grid, Path(out), False)
+    statistics = StreamStatistics.from_manifest(shards.manifest)
+    job, start = prepare_job(run, model, shards, statistics, grid, Path(out), False)
     if grid.rank == 0:
         write_config(Path(out), run, model, shards.manifest)
     train(job, start)

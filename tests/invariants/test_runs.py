@@ -16,7 +16,7 @@ from data_shards.reader import ShardSet
 from dualforce.data.statistics import StreamStatistics
 from dualforce.diffusion.frame_noise import draw_fixed, mix
 from dualforce.model.path import FullPath
-from dualforce.train.checkpoint import read_fp32_state
+from dualforce.train.checkpoint import read_fp32_state, read_state
 from dualforce.train.validate import HeldOut
 from dualforce.types import FrameSpan
 from dualforce.weights.export import folder_config, tower_state, write_model
@@ -59,7 +59,13 @@ def shards(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def outcomes(folder: Path, shards: Path) -> dict[str, Outcome]:
+def grown(folder: Path) -> Path:
+    """The set with more clips, and so with other statistics."""
+    return write_fake_shards(folder / "more-shards", clips=14, frames=21, flame=True, text_dim=None)
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder: Path, shards: Path, grown: Path) -> dict[str, Outcome]:
     """Every launch of this file, for one import of DeepSpeed."""
     data = f"data.shards={shards}"
     common = ["--run", TINY, "--set", data, "--set", "data.frames=7", "--set", "data.clips_per_step=4",
@@ -69,10 +75,17 @@ def outcomes(folder: Path, shards: Path) -> dict[str, Outcome]:
     launches = [
         Launch("straight", 2, [*common, "--out", str(folder / "straight"), *resumed[2:]]),
         Launch("first-half", 2, [*common, *resumed, "--set", "train.stop_at=5"]),
-        Launch("second-half", 2, [*common, *resumed, "--resume"]),
+        Launch("second-half", 2, [*common, *resumed, "--resume", "--set", "data.workers=2"]),
         Launch("other-world", 1, [*common, "--out", str(folder / "resumed"), "--resume", "--set", f"deepspeed={FP32}"]),
         Launch("other-seed", 2, [*common, *resumed, "--resume", "--seed", "7"]),
         Launch("occupied", 2, [*common, *resumed]),
+    ]
+    alone = [*common, "--out", str(folder / "grown"), "--set", "data.clips_per_step=2"]
+    more = ["--resume", "--set", f"data.shards={grown}", "--set", "train.stop_at=4"]
+    launches += [
+        Launch("grown-before", 1, [*alone, "--set", "train.stop_at=2"]),
+        Launch("grown-refused", 1, [*alone, *more]),
+        Launch("grown-allowed", 1, [*alone, *more, "--set", "data.allow_new_shards=true"]),
     ]
     tiny = [
         "parallel.sequence=1",
@@ -109,7 +122,8 @@ def records(run: Path, kind: str) -> list[dict[str, object]]:
 
 
 def test_resume_is_bitwise(outcomes: dict[str, Outcome], folder: Path) -> None:
-    """Ten steps equal five, a stop, and five: weights, losses, gradient norms, learning rates, validation."""
+    """Ten steps equal five, a stop, and five that loader processes read: weights, losses, gradient norms, learning
+    rates, validation."""
     for name in ("straight", "first-half", "second-half"):
         assert outcomes[name].ok, outcomes[name].show()
     straight, resumed = (read_fp32_state(folder / name) for name in ("straight", "resumed"))
@@ -148,6 +162,21 @@ def test_metrics_hold_what_the_docs_promise(outcomes: dict[str, Outcome], folder
 )
 def test_resume_refuses_another_run(outcomes: dict[str, Outcome], name: str, message: str) -> None:
     check_one_line(outcomes[name], message)
+
+
+def test_a_set_that_has_grown_goes_on_only_if_told(
+    outcomes: dict[str, Outcome], folder: Path, shards: Path, grown: Path
+) -> None:
+    """In the order of the new set, with the statistics of the old, under the step that was reached."""
+    old, new = ShardSet.open(shards), ShardSet.open(grown)
+    assert old.manifest["statistics"] != new.manifest["statistics"]
+    for name in ("grown-before", "grown-allowed"):
+        assert outcomes[name].ok, outcomes[name].show()
+    check_one_line(outcomes["grown-refused"], f"step 2: shards: {old.hash}: expected {new.hash}")
+    assert [read_state(folder / "grown", step).shards for step in (2, 4)] == [old.hash, new.hash]
+    assert [record["step"] for record in records(folder / "grown", "train")] == [1, 2, 3, 4]
+    kept = json.loads((folder / "grown" / "config.json").read_text())
+    assert kept["statistics"] == old.manifest["statistics"]
 
 
 @pytest.mark.parametrize("name", BAD)

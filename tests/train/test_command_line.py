@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from helpers.fake_shards import write_fake_shards
 
 from data_shards.reader import ShardSet
 from dualforce.config import ConfigError
-from dualforce.train.__main__ import _check_out, _check_same_shards
+from dualforce.train.__main__ import _check_out, statistics_of_run
 
 
 def test_a_file_is_no_run_folder(tmp_path: Path) -> None:
@@ -19,15 +23,39 @@ def test_a_file_is_no_run_folder(tmp_path: Path) -> None:
         _check_out(tmp_path / "out", resume=False)
 
 
-def test_a_run_goes_on_with_its_own_shards_only(tmp_path: Path) -> None:
-    """Widths agree in both cases, so that nothing later would notice."""
-    manifest = ShardSet.open(write_fake_shards(tmp_path / "shards", clips=2)).manifest
-    kept = {key: manifest[key] for key in ("extractors", "statistics")}
-    (tmp_path / "config.json").write_text(json.dumps(kept))
-    _check_same_shards(tmp_path, manifest)
-    motion = {**manifest["extractors"]["motion"], "tag": "other-v1"}
+def write_run(out: Path, begun_on: ShardSet, **state: Any) -> None:
+    """A run folder with a checkpoint, as far as the choice of shards goes."""
+    kept = {key: begun_on.manifest[key] for key in ("extractors", "statistics")}
+    (out / "config.json").write_text(json.dumps(kept))
+    folder = out / "checkpoints" / "step-000005"
+    folder.mkdir(parents=True)
+    (out / "checkpoints" / "LATEST").write_text("step-000005\n")
+    values = {"step": 5, "world": 1, "sequence": 1, "zero_stage": 0, "run": {}, "engine": {}, "units": {},
+              "optimizer": "x", **state}  # fmt: skip
+    (folder / "state.json").write_text(json.dumps(values))
+
+
+def test_a_run_goes_on_with_its_own_shards_unless_told_otherwise(tmp_path: Path) -> None:
+    """Widths and tags agree, so that nothing later would notice. The statistics stay those of the run's beginning."""
+    own, other = (ShardSet.open(write_fake_shards(tmp_path / str(seed), clips=2, seed=seed)) for seed in (0, 1))
+    moved = ShardSet.open(shutil.copytree(own.root, tmp_path / "moved"))
+    write_run(tmp_path, own, shards=own.hash)
+    assert own.manifest["statistics"] != other.manifest["statistics"]
+    for shards, allowed in ((own, False), (moved, False), (own, True), (other, True)):
+        assert statistics_of_run(tmp_path, shards, allowed) == own.manifest["statistics"]
+    named = f"step 5: shards: {own.hash}: expected {other.hash}, .*allow_new_shards"
+    with pytest.raises(ConfigError, match=named) as error:
+        statistics_of_run(tmp_path, other, False)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("stream", ["motion", "video"])
+def test_other_extractors_are_refused_always(tmp_path: Path, stream: str) -> None:
+    """Weights mean nothing under them."""
+    shards = ShardSet.open(write_fake_shards(tmp_path / "shards", clips=2))
+    write_run(tmp_path, shards, shards=shards.hash)
+    manifest = copy.deepcopy(shards.manifest)
+    manifest["extractors"][stream]["tag"] = "other-v1"
+    other = SimpleNamespace(root=shards.root, manifest=manifest, hash="0" * 64)
     with pytest.raises(ConfigError, match=r"extractors differ from those of data\.shards"):
-        _check_same_shards(tmp_path, {**manifest, "extractors": {**manifest["extractors"], "motion": motion}})
-    other = ShardSet.open(write_fake_shards(tmp_path / "other", clips=2, seed=1)).manifest
-    with pytest.raises(ConfigError, match=r"statistics differ from those of data\.shards"):
-        _check_same_shards(tmp_path, other)
+        statistics_of_run(tmp_path, other, True)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from data_shards.schema import ShardError
-from dualforce.data.loader import Damaged
+from dualforce.data.steps import Damaged
 from dualforce.train import damage
 from dualforce.train.damage import DamageReport
 from megatron_ext.parallel.grid import ProcessGrid

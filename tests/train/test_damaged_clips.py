@@ -11,14 +11,15 @@ from pathlib import Path
 
 import pytest
 from helpers.fake_shards import write_fake_shards
-from helpers.launches import Launch, Outcome, launch_all
+from helpers.launches import TRAIN, Launch, Outcome, launch_all
 from safetensors.torch import load, save
 from torch import Tensor
 
-from dualforce.data.order import clips_of_step
+from data_shards.reader import ShardSet
+from dualforce.data.order import ClipOrder
 
 TINY = Path(__file__).resolve().parents[2] / "ds_configs" / "runs" / "tiny.json"
-CLIPS, PER_STEP = 8, 4
+CLIPS, PER_STEP, DAMAGED = 8, 4, 5
 INDEX = "train-000000.index.json"
 
 
@@ -41,6 +42,12 @@ def damage(root: Path, number: int, change: Callable[[Tensor], Tensor]) -> Path:
     return root
 
 
+def seed_with_the_last(root: Path) -> int:
+    """A seed with which the first step ends with the damaged clip, so that of two ranks only the second reads it."""
+    orders = ((seed, ClipOrder(ShardSet.open(root).hash, seed, CLIPS)) for seed in range(1000))
+    return next(seed for seed, order in orders if order.clips_of_step(0, PER_STEP)[-1].index == DAMAGED)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("damaged")
@@ -50,22 +57,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def outcomes(folder: Path) -> dict[str, Outcome]:
     """Two ranks that share the damaged clip, and two of which only the second reads it, in the first step."""
     good = write_fake_shards(folder / "good", clips=CLIPS, frames=9)
-    second_rank = clips_of_step(0, PER_STEP, CLIPS, seed=0)[PER_STEP - 1].index
     sets = {
-        "nan": damage(Path(shutil.copytree(good, folder / "nan")), second_rank, lambda x: x / 0 * 0),
+        "nan": damage(Path(shutil.copytree(good, folder / "nan")), DAMAGED, lambda x: x / 0 * 0),
         "shape": damage(
-            Path(shutil.copytree(good, folder / "shape")), second_rank, lambda x: x.reshape(9, 16, 2, 8).contiguous()
+            Path(shutil.copytree(good, folder / "shape")), DAMAGED, lambda x: x.reshape(9, 16, 2, 8).contiguous()
         ),
     }
     cases = [(name, root, sequence, 0) for name, root in sets.items() for sequence in (1, 2)]
     launches = []
-    for name, root, sequence, tolerated in [*cases, ("tolerated", sets["nan"], 2, 1)]:
+    for name, root, sequence, tolerated in [*cases, ("tolerated", sets["nan"], 2, 1), ("killed", good, 1, 0)]:
+        workers = 2 if name in ("tolerated", "killed") else 0
         values = [f"data.shards={root}", "data.frames=9", f"data.clips_per_step={PER_STEP}", "train.steps=2",
                   "train.validation_sigmas=1", "train.log_every=1", f"parallel.sequence={sequence}",
-                  f"data.max_damaged={tolerated}"]  # fmt: skip
+                  f"data.max_damaged={tolerated}", f"data.workers={workers}",
+                  f"train.seed={seed_with_the_last(root)}"]  # fmt: skip
         arguments = ["--run", str(TINY), "--out", str(folder / f"run-{name}-{sequence}")]
         arguments += [part for value in values for part in ("--set", value)]
-        launches.append(Launch(f"{name}-{sequence}", 2, arguments))
+        target = "helpers.killed_loader:main" if name == "killed" else TRAIN
+        launches.append(Launch(f"{name}-{sequence}", 1 if name == "killed" else 2, arguments, target))
     return launch_all(launches)
 
 
@@ -82,7 +91,7 @@ def test_the_clip_is_named_once(outcomes: dict[str, Outcome], name: str, expecte
 
 
 def test_a_tolerated_clip_is_replaced_reported_and_counted(outcomes: dict[str, Outcome], folder: Path) -> None:
-    """On two ranks that share their clips, and so the damage."""
+    """On two ranks that share their clips, and so the damage, with loader processes."""
     outcome, run = outcomes["tolerated-2"], folder / "run-tolerated-2"
     assert outcome.ok, outcome.show()
     (line,) = (run / "damaged-00000.jsonl").read_text().splitlines()
@@ -91,3 +100,10 @@ def test_a_tolerated_clip_is_replaced_reported_and_counted(outcomes: dict[str, O
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [record["damaged_clips"] for record in records if record["kind"] == "train"] == [1, 1]
     assert "".join(outcome.outputs).count("damaged clip replaced") == 1
+
+
+def test_a_killed_loader_process_ends_the_run_with_one_line(outcomes: dict[str, Outcome]) -> None:
+    outcome = outcomes["killed-1"]
+    (error,) = (line for line in outcome.outputs[0].splitlines() if line.startswith("error: "))
+    assert "data.workers: loader process 1 of 2 (pid " in error and "ended by SIGKILL" in error
+    assert outcome.codes == [2] and "Traceback" not in outcome.outputs[0], outcome.show()

@@ -25,6 +25,7 @@ STATE = SavedState(
     engine={"gradient_clipping": 1.0},
     units={"model.head": {"matrices": [Slot("weight", (2, 3), 0)], "vectors": [Slot("bias", (2,), 0)]}},
     optimizer="torch.optim.adamw.AdamW",
+    shards="0" * 64,
 )
 
 
@@ -51,12 +52,22 @@ def test_missing_checkpoints_are_named(tmp_path: Path) -> None:
     (folder / "state.json").write_text('{"step": 5}')
     with pytest.raises(ConfigError, match=r"state\.json"):
         read_state(tmp_path)
+    older = {key: value for key, value in asdict(STATE).items() if key != "shards"}
+    (folder / "state.json").write_text(json.dumps(older))
+    with pytest.raises(ConfigError, match=r"state\.json: key shards is missing: expected a checkpoint of this version"):
+        read_state(tmp_path)
 
 
 @pytest.mark.parametrize("key", ["log_every", "save_every", "stop_at"])
 def test_intervals_may_change_on_resume(key: str) -> None:
     other = replace(STATE, run={"train": {**STATE.run["train"], key: 77}})
     checkpoint._check_same(STATE, other, Path("run"))
+
+
+@pytest.mark.parametrize("key", ["prefetch", "workers", "allow_new_shards", "shards"])
+def test_how_clips_are_read_may_change_on_resume(key: str) -> None:
+    old, new = (replace(STATE, run={**STATE.run, "data": {key: value}}) for value in (0, 1))
+    checkpoint._check_same(old, new, Path("run"))
 
 
 def test_other_values_may_not(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from data_shards.reader import ShardSet
 from dualforce.config import ModelConfig
 from dualforce.data.loader import StepLoader
 from dualforce.data.statistics import StreamStatistics
+from dualforce.data.steps import Deal
 from dualforce.train.step import PreparedStep, StepContext, prepare_step
 from dualforce.types import AUDIO_FRAMES, STRUCT_TOKENS, ClipBatch
 
@@ -41,20 +42,17 @@ def synthetic_source(
 
 def shard_source(shards: ShardSet, model: ModelConfig, context: StepContext, steps: int) -> Source:
     """`steps` steps of the train split, one clip a data-parallel rank, read as in training."""
-    loader = StepLoader(
-        shards.split("train"),
-        StreamStatistics.from_manifest(shards.manifest),
-        context.run.data,
+    deal = Deal(
+        statistics=StreamStatistics.from_manifest(shards.manifest),
+        data=context.run.data,
         context=model.audio.context,
         text_dim=model.video.text_dim,
         seed=0,
         dp_rank=context.grid.dp_rank,
         dp_size=context.grid.dp,
         micro_batch=1,
-        start_step=0,
-        stop_step=steps,
-        finish=partial(prepare_step, context=context),
     )
+    loader = StepLoader(shards, deal, 0, steps, partial(prepare_step, context=context))
     return Source(iter(loader), lambda: loader.wait_seconds)
 
 

@@ -1,0 +1,116 @@
+"""Optimizer steps of one rank, read and collated: what the trainer's own thread and its loader processes both do."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from data_shards.reader import ShardReader
+from data_shards.schema import ClipSample, ShardError
+from dualforce.config import ConfigError, DataConfig
+from dualforce.data.collate import collate
+from dualforce.data.order import ClipOrder, ClipRef
+from dualforce.data.statistics import StreamStatistics
+from dualforce.types import AUDIO_FRAMES, ClipBatch
+
+
+class Damaged(NamedTuple):
+    """A clip that could not be read: the step (from 0) that met it, its key, and the reason with shard and member."""
+
+    step: int
+    key: str
+    reason: str
+
+
+class StepRead(NamedTuple):
+    """A step as read: its micro-batches, every clip met in it that cannot be read, in the order of the step, and why
+    there are no micro-batches where there are none."""
+
+    batches: list[ClipBatch]
+    damaged: list[Damaged]
+    fault: str | None
+
+
+@dataclass(frozen=True, eq=False)
+class Deal:
+    """Which part of a step a rank reads, and what becomes of it; a process gets this once.
+
+    Data-parallel rank r takes the step's clips [r * per_rank, (r + 1) * per_rank), per_rank = data.clips_per_step /
+    dp_size, in micro-batches of `micro_batch`.
+    """
+
+    statistics: StreamStatistics
+    data: DataConfig
+    context: int  # 50 Hz frames of audio on each side of a window
+    text_dim: int
+    seed: int
+    dp_rank: int
+    dp_size: int
+    micro_batch: int
+
+    def check(self, reader: ShardReader) -> None:
+        """ConfigError for sizes that do not divide, a crop longer than the clips, or a split without clips."""
+        clips = self.data.clips_per_step
+        if self.dp_size < 1 or not 0 <= self.dp_rank < self.dp_size:
+            raise ConfigError(f"data-parallel rank {self.dp_rank} of {self.dp_size}: expected 0 <= rank < size")
+        if clips % self.dp_size:
+            raise ConfigError(
+                f"data.clips_per_step: {clips}: expected a multiple of {self.dp_size} data-parallel ranks"
+            )
+        per_rank = clips // self.dp_size
+        if self.micro_batch < 1 or per_rank % self.micro_batch:
+            raise ConfigError(
+                f"micro-batch {self.micro_batch}: expected a divisor of the {per_rank} clips per step and rank"
+            )
+        if not len(reader):
+            raise ConfigError(f"data.shards: {reader.root}: 0 clips in the split: expected at least 1")
+        if self.data.frames > reader.frames:
+            raise ConfigError(
+                f"data.frames: {self.data.frames}: expected at most {reader.frames}, "
+                f"the latent frames of clips in {reader.root}"
+            )
+
+
+class StepReader:
+    """Reads steps in any order. What comes is a pure function of the step and of what can be read, in any process: a
+    clip that cannot be read is replaced by the first one after it (`ClipOrder.replacements`) that can.
+
+    It remembers what could not be read, so as not to try again, and gives up once that is more than
+    `data.max_damaged`: whoever counts the damage over all processes then has counted as much.
+    """
+
+    def __init__(self, reader: ShardReader, shards_hash: str, deal: Deal) -> None:
+        self._reader, self._deal = reader, deal
+        self._order = ClipOrder(shards_hash, deal.seed, len(reader))
+        self._beyond = -(-deal.context // AUDIO_FRAMES)  # latent frames of sound that the last window looks into
+        self._unreadable: dict[int, str] = {}  # index of a clip: reason
+
+    def read(self, step: int) -> StepRead:
+        """Read and collate the micro-batches of one step. A ShardError becomes the `fault`."""
+        deal, met = self._deal, dict[int, Damaged]()
+        own = self._order.clips_of_rank(step, deal.data.clips_per_step, deal.dp_rank, deal.dp_size)
+        parts = [own[i : i + deal.micro_batch] for i in range(0, len(own), deal.micro_batch)]
+        try:
+            return StepRead([self._batch(step, refs, met) for refs in parts], list(met.values()), None)
+        except ShardError as error:
+            return StepRead([], list(met.values()), str(error))
+
+    def _batch(self, step: int, refs: list[ClipRef], met: dict[int, Damaged]) -> ClipBatch:
+        samples = [self._read(step, ref, met) for ref in refs]
+        deal = self._deal
+        return collate(samples, refs, deal.statistics, deal.data.frames, deal.context, deal.text_dim)
+
+    def _read(self, step: int, ref: ClipRef, met: dict[int, Damaged]) -> ClipSample:
+        for choice in itertools.chain((ref,), self._order.replacements(ref)):
+            if choice.index not in self._unreadable:
+                try:
+                    return self._reader.read(choice.index, self._deal.data.frames, self._beyond)
+                except ShardError as error:
+                    self._unreadable[choice.index] = str(error)
+            # Told of in every step that meets it: another process may have met it first, in a later step.
+            reason = self._unreadable[choice.index]
+            met.setdefault(choice.index, Damaged(step, self._reader.keys[choice.index], reason))
+            if len(self._unreadable) > self._deal.data.max_damaged:
+                raise ShardError(reason)
+        raise ShardError(f"{self._reader.root}: all {len(self._reader)} clips of the split are damaged: expected some")
