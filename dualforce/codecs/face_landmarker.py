@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 from dualforce.codecs.protocols import CodecError, Pixels
 
+TAG = "mediapipe-face-landmarker-v1"
+
 
 class Face(NamedTuple):
     """One face: its box (x0, y0, x1, y1) [4] float64 in pixels around the 478 landmarks (forehead to chin), the 4x4
@@ -29,6 +31,8 @@ class Face(NamedTuple):
 class FaceLandmarkerModel:
     """A loaded FaceLandmarker. `video` follows one face through frames in order; otherwise each picture stands alone
     and up to `max_faces` are found. Use as a context manager, or call `close`."""
+
+    tag = TAG
 
     def __init__(self, model: Path, *, video: bool, max_faces: int = 1) -> None:
         check_model_file(model)

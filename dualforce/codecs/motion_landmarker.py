@@ -9,10 +9,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dualforce.codecs.face_landmarker import Face, FaceLandmarkerModel, check_model_file
+from dualforce.codecs.face_landmarker import TAG, Face, FaceLandmarkerModel, check_model_file
 from dualforce.codecs.protocols import CodecError, Pixels
 
-TAG = "mediapipe-face-landmarker-v1"
 # Motion is read from crops of this size, however small the clip: at 128 pixels the scores err by as much as they move.
 CROP_SIZE = 256
 POSE_NAMES = ("pitch", "yaw", "roll", "tx", "ty", "tz")

@@ -3,6 +3,7 @@ features and motion of different tags are different things and never meet in one
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -70,3 +71,20 @@ class FlameEncoder(Protocol):
     names: tuple[str, ...]
 
     def encode(self, pixels: Pixels, boxes: NDArray[np.float64]) -> Flame: ...
+
+
+class FoundFace(Protocol):
+    """A face's box [4] float64 (x0, y0, x1, y1) in pixels, forehead to chin and cheek to cheek."""
+
+    @property
+    def box(self) -> NDArray[np.float64]: ...
+
+
+class FaceFinder(Protocol):
+    """Faces in a picture [H,W,3] uint8 RGB, each picture by itself, the longest box side first."""
+
+    tag: str
+
+    def faces(self, picture: Pixels) -> Sequence[FoundFace]: ...
+
+    def close(self) -> None: ...

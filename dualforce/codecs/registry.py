@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from dualforce.codecs import audio_logmel, audio_speech, flame_deca, motion_landmarker, motion_liveportrait, video_dct
-from dualforce.codecs.protocols import AudioEncoder, CodecError, FlameEncoder, MotionEncoder, VideoCodec
+from dualforce.codecs.face_landmarker import FaceLandmarkerModel
+from dualforce.codecs.face_retina import RetinaFaceModel
+from dualforce.codecs.protocols import AudioEncoder, CodecError, FaceFinder, FlameEncoder, MotionEncoder, VideoCodec
 
 
 def video_codec(tag: str) -> VideoCodec:
@@ -73,4 +75,22 @@ def flame_encoder(checkpoint: Path, tag: str | None = None) -> FlameEncoder:
     found = flame_deca.DecaFlame(checkpoint)
     if tag not in (None, found.tag):
         raise CodecError(f"--flame-encoder {checkpoint}: is {found.tag!r}: expected {tag!r}")
+    return found
+
+
+def face_finder(
+    detector: Path | None, landmarker: Path | None, device: str = "cpu", tag: str | None = None
+) -> FaceFinder:
+    """insightface's detector on `device` if there is one, else MediaPipe's landmarker. Raises CodecError without
+    either, for another file, and for a finder without this `tag` if given."""
+    if detector is None and landmarker is None:
+        raise CodecError("no face finder: expected --face-landmarker FILE or --face-detector DIR")
+    found: FaceFinder
+    if detector is not None:
+        found = RetinaFaceModel(detector, device)
+    else:
+        assert landmarker is not None
+        found = FaceLandmarkerModel(landmarker, video=False, max_faces=2)
+    if tag not in (None, found.tag):
+        raise CodecError(f"--face-detector {detector}: is {found.tag!r}: expected {tag!r}")
     return found

@@ -19,7 +19,7 @@ from dualforce.codecs import motion_landmarker
 from dualforce.codecs.face_landmarker import FaceLandmarkerModel
 from dualforce.codecs.motion_sidecar import FORMAT, Motion, SidecarError, find_sidecar, read_sidecar
 from dualforce.codecs.protocols import FlameEncoder, MotionEncoder
-from dualforce.codecs.registry import audio_encoder_in, flame_encoder, motion_encoder_in, video_codec
+from dualforce.codecs.registry import audio_encoder_in, face_finder, flame_encoder, motion_encoder_in, video_codec
 from dualforce.preprocess.files import find_videos, key_of, name_of
 from dualforce.preprocess.identities import read_identities
 from dualforce.preprocess.pool import run_jobs
@@ -38,8 +38,9 @@ class BuildError(ValueError):
 @dataclass(frozen=True)
 class BuildOptions:
     """`size`: edge of the crops in pixels; `audio_encoder`: folder of a pretrained speech encoder (None: logmel);
-    `motion_extractor`: LivePortrait's checkpoint (None: motion by `face_landmarker`, which finds the face in any case);
+    `motion_extractor`: LivePortrait's checkpoint (None: motion by `face_landmarker`);
     `flame_encoder`: DECA's or EMOCA's checkpoint (None: no FLAME);
+    `face_detector`: insightface's, which then finds the face (None: `face_landmarker` does, or the sidecar says);
     `identities`: JSON file of who is in which video (None: as sidecars say, or each a person of its own); `workers`:
     processes; `validation_share` of the identities is held out."""
 
@@ -48,6 +49,7 @@ class BuildOptions:
     audio_encoder: Path | None = None
     motion_extractor: Path | None = None
     flame_encoder: Path | None = None
+    face_detector: Path | None = None
     identities: Path | None = None
     workers: int = 1
     validation_share: float = 0.2
@@ -76,12 +78,14 @@ class BuildReport:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What to do with each video, the motion and FLAME all of them share, and the files refused at sight."""
+    """What to do with each video, the motion and FLAME all of them share, the files refused at sight, and the tag of
+    the face detector, if there is one."""
 
     jobs: list[Job]
     motion: dict[str, Any]
     flame: dict[str, Any] | None
     rejected: list[dict[str, Any]]
+    faces: str | None = None
 
 
 def build_shards(src: Path, out: Path, options: BuildOptions, console: Console | None = None) -> BuildReport:
@@ -137,6 +141,7 @@ def _plan(src: Path, videos: list[Path], options: BuildOptions, scratch: Path, p
     else:
         motion_entry = {"tag": motion.tag, "width": len(motion.names), "names": list(motion.names)}
     flame_entry = None if options.flame_encoder is None else _entry(flame_encoder(options.flame_encoder))
+    faces = _detector_tag(options.face_detector)
     named = options.identities and read_identities(options.identities, [name_of(video, src) for video in videos])
     jobs: list[Job] = []
     rejected: list[dict[str, Any]] = list(broken.values())
@@ -173,9 +178,11 @@ def _plan(src: Path, videos: list[Path], options: BuildOptions, scratch: Path, p
                 motion_tag=motion_entry["tag"],
                 flame_encoder=options.flame_encoder,
                 flame_tag=None if flame_entry is None else flame_entry["tag"],
+                face_detector=options.face_detector,
+                face_tag=faces,
             )
         )
-    return _Plan(jobs, motion_entry, flame_entry, rejected)
+    return _Plan(jobs, motion_entry, flame_entry, rejected, faces)
 
 
 def _sidecar_motion(
@@ -221,6 +228,15 @@ def _entry(encoder: MotionEncoder | FlameEncoder) -> dict[str, Any]:
     return {"tag": encoder.tag, "width": encoder.width, "names": list(encoder.names)}
 
 
+def _detector_tag(detector: Path | None) -> str | None:
+    """Tag of the face detector, if there is one; CodecError for one that cannot be used, before the work starts."""
+    if detector is None:
+        return None
+    finder = face_finder(detector, None)
+    finder.close()
+    return finder.tag
+
+
 def _extractors(options: BuildOptions, plan: _Plan) -> dict[str, dict[str, Any]]:
     codec, audio = video_codec(VIDEO_TAG), audio_encoder_in(options.audio_encoder)
     edge = options.size // codec.stride
@@ -257,7 +273,8 @@ def _splits(
 
 def _info(options: BuildOptions, plan: _Plan) -> dict[str, Any]:
     limits = {name: getattr(options.limits, name) for name in options.limits.__dataclass_fields__}
-    return {"size": options.size, "limits": limits, "validation_share": options.validation_share}
+    detector = {"face_detector": plan.faces} if plan.faces else {}
+    return {"size": options.size, "limits": limits, "validation_share": options.validation_share, **detector}
 
 
 def _progress(console: Console) -> Progress:

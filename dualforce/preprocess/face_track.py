@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dualforce.codecs import motion_landmarker
-from dualforce.codecs.face_landmarker import Face, FaceLandmarkerModel
 from dualforce.codecs.media import iter_frames, probe
 from dualforce.codecs.motion_sidecar import Sidecar
+from dualforce.codecs.protocols import FaceFinder, FoundFace
 from dualforce.preprocess.reasons import Reason, Rejected
 
 TRACK_STEP = 5  # pixel frames between two looks: 5 Hz
@@ -38,19 +38,20 @@ class FaceTrack:
         return np.isfinite(self.boxes[:, 0])
 
 
-def track_faces(video: Path, model: Path) -> FaceTrack:
-    """Find the largest face in every fifth pixel frame and the last one. Raises MediaError, CodecError."""
+def track_faces(video: Path, finder: FaceFinder) -> FaceTrack:
+    """Find the largest face in every fifth pixel frame and the last one, and close the finder. Raises MediaError,
+    CodecError."""
     width = probe(video).width
     times: list[int] = []
     boxes: list[NDArray[np.float64]] = []
     rivals: list[bool] = []
-    with FaceLandmarkerModel(model, video=False, max_faces=2) as landmarker:
+    with closing(finder):
         for index, picture in iter_frames(video, max_side=TRACK_SIDE, step=TRACK_STEP, last=True):
-            faces = landmarker.faces(picture)
+            faces = finder.faces(picture)
             times.append(index)
             boxes.append(faces[0].box * (width / picture.shape[1]) if faces else np.full(4, np.nan))
             rivals.append(len(faces) > 1 and _side(faces[1]) >= RIVAL_SHARE * _side(faces[0]))
-    return FaceTrack(motion_landmarker.TAG, times[-1] + 1, np.array(times), np.array(boxes), np.array(rivals))
+    return FaceTrack(finder.tag, times[-1] + 1, np.array(times), np.array(boxes), np.array(rivals))
 
 
 def track_sidecar(video: Path, sidecar: Sidecar) -> FaceTrack:
@@ -63,5 +64,5 @@ def track_sidecar(video: Path, sidecar: Sidecar) -> FaceTrack:
     return FaceTrack(sidecar.motion.tag, rows, np.arange(rows), sidecar.face_boxes, np.zeros(rows, np.bool_))
 
 
-def _side(face: Face) -> float:
+def _side(face: FoundFace) -> float:
     return float(np.max(face.box[2:] - face.box[:2]))

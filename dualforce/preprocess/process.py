@@ -19,7 +19,7 @@ from dualforce.codecs.media import MediaError, MediaInfo, probe, read_sound
 from dualforce.codecs.media_clock import PlacedSound
 from dualforce.codecs.motion_sidecar import Sidecar, SidecarError, read_sidecar
 from dualforce.codecs.protocols import FlameEncoder, MotionEncoder
-from dualforce.codecs.registry import audio_encoder_in, flame_encoder, motion_encoder, video_codec
+from dualforce.codecs.registry import audio_encoder_in, face_finder, flame_encoder, motion_encoder, video_codec
 from dualforce.preprocess import features, quality
 from dualforce.preprocess.face_crop import CropTrack, crop_frames, plan_crop
 from dualforce.preprocess.face_track import FaceTrack, track_faces, track_sidecar
@@ -35,8 +35,8 @@ VIDEO_TAG = video_dct.TAG
 class Job:
     """One video: where it is, what it is called in the shards, and how to treat it.
 
-    Either `sidecar` or `landmarker` is set. `motion_tag` and `flame_tag` are those of the shard set: a checkpoint that
-    was exchanged meanwhile is refused.
+    Either `sidecar` or `landmarker` is set: where motion comes from, and faces too unless there is a `face_detector`.
+    `motion_tag`, `flame_tag` and `face_tag` are those of the shard set: a model exchanged meanwhile is refused.
     """
 
     video: Path
@@ -55,6 +55,8 @@ class Job:
     motion_tag: str = motion_landmarker.TAG
     flame_encoder: Path | None = None  # DECA's or EMOCA's checkpoint; None: no FLAME
     flame_tag: str | None = None
+    face_detector: Path | None = None  # insightface's, the model with `face_tag`
+    face_tag: str | None = None
 
 
 @dataclass(frozen=True)
@@ -130,10 +132,8 @@ def _prepare(job: Job) -> _Clip:
     if job.sidecar is not None:
         sidecar = read_sidecar(job.sidecar)
         track = track_sidecar(job.video, sidecar)
-    elif job.landmarker is not None:
-        track = track_faces(job.video, job.landmarker)
-    else:
-        raise ValueError(f"{job.source}: neither sidecar nor face landmarker: expected one of them")
+    if sidecar is None or job.face_detector is not None:
+        track = track_faces(job.video, face_finder(job.face_detector, job.landmarker, tag=job.face_tag))
     quality.check_faces(track, job.size, job.limits)
     audio = features.audio_track(audio_encoder_in(job.audio_encoder), sound.wave)
     motion = None if sidecar else motion_encoder(job.motion_tag, job.landmarker, job.motion_extractor)
