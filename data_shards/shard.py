@@ -8,6 +8,7 @@ import re
 import tarfile
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -88,8 +89,9 @@ class Shard:
 
     def abandon(self) -> None:
         """Give the file handle back without publishing."""
-        self._tar.close()
-        self._file.close()
+        for file in (self._tar, self._file):
+            with suppress(OSError):  # closing writes what is buffered, for which a full disk has no room
+                file.close()
 
 
 def place_tensors(entry: dict[str, Any]) -> None:

@@ -22,13 +22,16 @@ from dualforce.generate.inputs import GenerateError, Sources
 from dualforce.generate.request import Sampling
 from dualforce.generate.request import generate as generate_video
 from dualforce.launch import keep_compiled_kernels
+from dualforce.preprocess.errors import BuildError
+from dualforce.preprocess.identities import IdentityError
 from dualforce.weights.export import folder_config, tower_state, write_model
 from dualforce.weights.keys import WeightsError
 from dualforce.weights.load import load_model
 
 # What a user can cause: each carries one line. Anything else is a defect and keeps its traceback.
 USER_ERRORS = (
-    CodecError, ConfigError, GenerateError, MediaError, OSError, ShardError, SidecarError, WeightsError,
+    BuildError, CodecError, ConfigError, GenerateError, IdentityError, MediaError, OSError, ShardError, SidecarError,
+    WeightsError,
 )  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -1,4 +1,5 @@
-"""`dualforce data`: look at shard sets, check them, make new ones out of them. The work is done in `data_shards`."""
+"""`dualforce data`: make shard sets of videos, look at sets, check them, make new ones out of them. The work is done in
+`dualforce.preprocess` and `data_shards`."""
 
 from __future__ import annotations
 
@@ -12,17 +13,77 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
 from data_shards import check, describe, edit
 from data_shards.reader import ShardSet
 from data_shards.schema import SPLITS, ShardError
 
 DAMAGED = 1  # exit code: the set was read, and something is wrong with it
+INTERRUPTED = 130
+SHOWN = 50  # rejections on the screen
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at shard sets, check them, make new ones.")
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Make shard sets, look at them, check them.")
 
 SetArgument = Annotated[Path, typer.Argument(metavar="SET", help="folder of a shard set")]
 OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="shard set to write; must not exist")]
+
+
+@app.command()
+def build(
+    src: Annotated[Path, typer.Argument(metavar="SRC", help="folder of videos, searched with its subfolders")],
+    out: Annotated[Path, typer.Option(help="folder for the shards, new or empty")],
+    size: Annotated[int, typer.Option(help="edge of the square face crops in pixels")] = 128,
+    face_landmarker: Annotated[
+        Path | None, typer.Option(help="MediaPipe's face_landmarker.task; not needed for clips with sidecars")
+    ] = None,
+    audio_encoder: Annotated[
+        Path | None, typer.Option(help="folder of a HuBERT or Whisper model; without one, log-mel features")
+    ] = None,
+    motion_extractor: Annotated[
+        Path | None, typer.Option(help="LivePortrait's motion_extractor.pth; without one, MediaPipe's motion")
+    ] = None,
+    flame_encoder: Annotated[
+        Path | None, typer.Option(help="DECA's or EMOCA's checkpoint (non-commercial); without one, no FLAME")
+    ] = None,
+    face_detector: Annotated[
+        Path | None,
+        typer.Option(help="folder or .onnx file of insightface's face detector; without one, MediaPipe finds faces"),
+    ] = None,
+    identities: Annotated[
+        Path | None, typer.Option(help="JSON object: who is in which video (path below SRC, without ending)")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="processes; default: one for each device, at least 2")] = None,
+    devices: Annotated[str, typer.Option(help="where encoders run: cpu, or GPUs as cuda:0,cuda:1")] = "cpu",
+    validation_share: Annotated[float, typer.Option(help="share of the identities that is held out")] = 0.2,
+    licence: Annotated[str | None, typer.Option(help="licence of videos whose sidecar names none")] = None,
+    source: Annotated[str | None, typer.Option(help="where the videos come from, for every sample's meta")] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="folder to keep finished videos in, for later builds; default: OUT, until done")
+    ] = None,
+) -> None:
+    """Make a shard set of a folder of videos. A build that was stopped goes on when it is started again."""
+    from dualforce.preprocess.build import BuildOptions, build_shards  # the only command that computes
+
+    places = tuple(name.strip() for name in devices.split(",") if name.strip())
+    options = BuildOptions(
+        size=size, face_landmarker=face_landmarker, audio_encoder=audio_encoder, identities=identities,
+        motion_extractor=motion_extractor, flame_encoder=flame_encoder, face_detector=face_detector,
+        workers=max(2, len(places)) if workers is None else workers, devices=places, validation_share=validation_share,
+        licence=licence, origin=source, work=work,
+    )  # fmt: skip
+    console = Console(stderr=True)
+    try:
+        report = build_shards(src, out, options, console)
+    except KeyboardInterrupt:
+        typer.echo("error: interrupted; the same command goes on with the videos that are left", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    _show_rejected(report.manifest["rejected"], out, console)
+    _tell(out, report.manifest)
+    earlier = f", {report.earlier} finished by an earlier start" if report.earlier else ""
+    took = f"{report.seconds:.0f} s; see {out / 'report.html'}"
+    typer.echo(f"{report.used} of {report.videos} videos used{earlier}; {took}")
 
 
 @app.command()
@@ -142,6 +203,21 @@ def _bars() -> Iterator[Callable[[str], edit.Advance]]:
             return lambda done, total: progress.update(task, completed=done, total=total, visible=True)
 
         yield bar
+
+
+def _show_rejected(rejected: list[dict[str, Any]], out: Path, console: Console) -> None:
+    """Why videos or windows were not used, the first of them."""
+    if not rejected:
+        return
+    table = Table(title="Rejected", title_justify="left")
+    for title in ("video", "window", "reason", "detail"):
+        table.add_column(title, overflow="fold")
+    for entry in rejected[:SHOWN]:
+        row = (entry["source"], str(entry.get("window", "all")), entry["reason"], entry["detail"])
+        table.add_row(*(Text(cell) for cell in row))
+    console.print(table)
+    if len(rejected) > SHOWN:
+        console.print(f"{len(rejected) - SHOWN} more are in {out / 'report.html'}", markup=False, highlight=False)
 
 
 def _tell(out: Path, manifest: dict[str, Any]) -> None:

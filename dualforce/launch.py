@@ -8,12 +8,16 @@ import os
 import random
 import socket
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy
 import torch
 import torch.distributed
 
 from megatron_ext.parallel.grid import ProcessGrid
+
+THREAD_COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OPENCV_FOR_THREADS_NUM")
 
 
 def start(sequence: int, seed: int) -> ProcessGrid:
@@ -88,6 +92,21 @@ def _defaults(cuda: bool) -> None:
         if os.environ["LOCAL_WORLD_SIZE"] == world and "lo" in (name for _, name in socket.if_nameindex()):
             # All ranks are here: do not depend on the machine's name resolving to a reachable address.
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Processes that are started inside compute with one thread, as far as libraries take it from the environment."""
+    before = {name: os.environ.get(name) for name in THREAD_COUNTS}
+    os.environ.update(dict.fromkeys(THREAD_COUNTS, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def expandable_segments() -> bool:

@@ -386,7 +386,7 @@ def test_arguments_that_are_missing(run: Run, args: list[str]) -> None:
     assert run(*args)[0] == 2
 
 
-@pytest.mark.parametrize("command", ["verify", "inspect", "stats", "merge", "split", "drop", "upgrade"])
+@pytest.mark.parametrize("command", ["build", "verify", "inspect", "stats", "merge", "split", "drop", "upgrade"])
 def test_every_command_has_help(run: Run, command: str) -> None:
     code, out, _ = run(command, "--help")
     assert code == 0 and command in out

@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "dualforce.data": (*BASE, "data_shards"),
     "dualforce.codecs": BASE,
     **dict.fromkeys(TOP, (*BASE, *MIDDLE, *BOTTOM, "dualforce.launch", "dualforce")),
-    "dualforce.data_commands": ("data_shards",),
+    "dualforce.data_commands": ("data_shards", "dualforce.preprocess"),
     "dualforce.cli": (*BASE, *MIDDLE, *BOTTOM, *TOP, "dualforce.launch", "dualforce.data_commands", "dualforce"),
     "tools": (*BASE, *MIDDLE, *BOTTOM, *TOP, "dualforce.launch", "dualforce.cli", "dualforce"),
 }

@@ -153,7 +153,7 @@ def build_shards(stages: Stages, options: argparse.Namespace, out: Path, landmar
     arguments = [str(options.videos), "--out", str(out / "shards"), "--workers", str(options.workers)]
     if landmarker is not None:
         arguments += ["--face-landmarker", str(landmarker)]
-    stages.command("shards", "build shards", lambda: python("-m", "tools.build_shards", *arguments))
+    stages.command("shards", "build shards", lambda: cli("data", "build", *arguments))
 
 
 def train(stages: Stages, options: argparse.Namespace, out: Path) -> None:

@@ -142,6 +142,23 @@ def read_image(path: Path) -> Pixels:
     return next(iter_frames(path))[1]
 
 
+def duration(path: Path) -> float | None:
+    """Length in seconds that the head of a media file states; None where it states none. Raises MediaError."""
+    with opened(path) as container:
+        return None if container.duration is None else container.duration / 1_000_000
+
+
+def encode_jpeg(picture: Pixels) -> bytes:
+    """A picture [H,W,3] uint8 as JPEG, for people to look at."""
+    import av
+
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24").reformat(format="yuvj420p")
+    encoder: Any = av.CodecContext.create("mjpeg", "w")
+    encoder.width, encoder.height, encoder.pix_fmt = frame.width, frame.height, "yuvj420p"
+    encoder.time_base = Fraction(1, FPS)
+    return b"".join(bytes(packet) for packet in [*encoder.encode(frame), *encoder.encode(None)])
+
+
 def write_video(path: Path, frames: Iterable[Pixels], wave: Wave | None, *, crf: int = 18) -> int:
     """Write an mp4 (H.264 yuv420p at 25 frames a second; AAC mono at 16 kHz when `wave` is given).
 

@@ -35,21 +35,24 @@ def audio_encoder(tag: str, folder: Path | None = None) -> AudioEncoder:
     return found
 
 
-def audio_encoder_in(folder: Path | None) -> AudioEncoder:
+def audio_encoder_in(folder: Path | None, device: str = "cpu") -> AudioEncoder:
     """The pretrained encoder of a folder, or the features that need no weights; CodecError for another folder."""
-    return audio_logmel.LogMelAudio() if folder is None else audio_speech.SpeechFeatures(folder)
+    return audio_logmel.LogMelAudio() if folder is None else audio_speech.SpeechFeatures(folder, device)
 
 
-def motion_encoder(tag: str, face_landmarker: Path | None, motion_extractor: Path | None = None) -> MotionEncoder:
-    """The motion encoder of a tag, with the model file it needs. Raises CodecError for a tag whose motion cannot be
-    computed from pictures (a rendered clip's sidecar has it), when the model file is not given or not there, or when
+def motion_encoder(
+    tag: str, face_landmarker: Path | None, motion_extractor: Path | None = None, device: str = "cpu"
+) -> MotionEncoder:
+    """The motion encoder of a tag, with the model file it needs; a network runs on `device`.
+
+    Raises CodecError for a tag whose motion cannot be computed from pictures (a rendered clip's sidecar has it), when the model file is not given or not there, or when
     it holds another model."""
     if tag.partition("-")[0] == motion_liveportrait.KIND:
         if motion_extractor is None:
             raise CodecError(
                 f"motion {tag!r}: needs --motion-extractor FILE, the LivePortrait checkpoint with this tag"
             )
-        found = motion_liveportrait.LivePortraitMotion(motion_extractor)
+        found = motion_liveportrait.LivePortraitMotion(motion_extractor, device)
         if found.tag != tag:
             raise CodecError(f"--motion-extractor {motion_extractor}: is {found.tag!r}: expected {tag!r}")
         return found
@@ -70,9 +73,10 @@ def motion_encoder_in(face_landmarker: Path, motion_extractor: Path | None) -> M
     return motion_landmarker.LandmarkerMotion(face_landmarker)
 
 
-def flame_encoder(checkpoint: Path, tag: str | None = None) -> FlameEncoder:
-    """The FLAME encoder of a checkpoint. Raises CodecError for another file, and for one without this tag if given."""
-    found = flame_deca.DecaFlame(checkpoint)
+def flame_encoder(checkpoint: Path, tag: str | None = None, device: str = "cpu") -> FlameEncoder:
+    """The FLAME encoder of a checkpoint, on `device`. Raises CodecError for another file, and for one without this
+    tag if given."""
+    found = flame_deca.DecaFlame(checkpoint, device)
     if tag not in (None, found.tag):
         raise CodecError(f"--flame-encoder {checkpoint}: is {found.tag!r}: expected {tag!r}")
     return found

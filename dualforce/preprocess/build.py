@@ -1,38 +1,37 @@
-"""All videos of a folder to one shard set. The result depends on the files and options only, not on the workers."""
+"""All videos of a folder to one shard set. The result depends on the files and options only, not on the workers, nor on
+how often the build was killed and started again."""
 
 from __future__ import annotations
 
-import hashlib
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from data_shards.writer import ShardSetWriter
+from data_shards.reader import ShardSet
+from data_shards.schema import ShardError
 from dualforce.codecs import motion_landmarker
 from dualforce.codecs.face_landmarker import FaceLandmarkerModel
 from dualforce.codecs.motion_sidecar import FORMAT, Motion, SidecarError, find_sidecar, read_sidecar
 from dualforce.codecs.protocols import FlameEncoder, MotionEncoder
 from dualforce.codecs.registry import audio_encoder_in, face_finder, flame_encoder, motion_encoder_in, video_codec
+from dualforce.preprocess.assemble import Making, Results, Terms, assemble
+from dualforce.preprocess.content_id import ContentHashes, content_id, digest, hash_file, surroundings
+from dualforce.preprocess.devices import deal, kind_of_devices
+from dualforce.preprocess.errors import BuildError, is_disk_full
 from dualforce.preprocess.files import find_videos, key_of, name_of
 from dualforce.preprocess.identities import read_identities
-from dualforce.preprocess.pool import run_jobs
-from dualforce.preprocess.process import VIDEO_TAG, Job, Outcome, load_sample, rejection
+from dualforce.preprocess.pool import run_tasks
+from dualforce.preprocess.process import VIDEO_TAG, Job, rejection
+from dualforce.preprocess.progress import BuildProgress
 from dualforce.preprocess.quality import Limits
 from dualforce.preprocess.reasons import Reason
-from dualforce.preprocess.split import split_identities
-
-SCRATCH = ".scratch-"
-
-
-class BuildError(ValueError):
-    """A build that cannot start or gave nothing; one line for the user."""
+from dualforce.preprocess.report import Entry
+from dualforce.preprocess.work import FOLDER, Result, Task, Work, find_result, open_work, perform, times_of
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,9 @@ class BuildOptions:
     `flame_encoder`: DECA's or EMOCA's checkpoint (None: no FLAME);
     `face_detector`: insightface's, which then finds the face (None: `face_landmarker` does, or the sidecar says);
     `identities`: JSON file of who is in which video (None: as sidecars say, or each a person of its own); `workers`:
-    processes; `validation_share` of the identities is held out."""
+    processes, dealt to the `devices` in turn; `validation_share` of the identities is held out; `licence` is that of
+    videos whose sidecar names none, `origin` says where the videos come from; `work`: folder in which finished videos
+    are kept for later builds (None: in the folder of the shards, until they are written)."""
 
     size: int = 128
     face_landmarker: Path | None = None
@@ -54,6 +55,10 @@ class BuildOptions:
     workers: int = 1
     validation_share: float = 0.2
     limits: Limits = field(default_factory=Limits)
+    devices: tuple[str, ...] = ("cpu",)
+    licence: str | None = None
+    origin: str | None = None
+    work: Path | None = None
 
     def check(self) -> None:
         """Raise BuildError for a value that cannot work."""
@@ -62,18 +67,22 @@ class BuildOptions:
             raise BuildError(f"--size {self.size}: expected a multiple of {2 * stride}, as latents are patched by 2")
         if self.workers < 1:
             raise BuildError(f"--workers {self.workers}: expected at least 1")
+        if self.workers < len(self.devices):
+            raise BuildError(f"--workers {self.workers}: expected at least {len(self.devices)}, one for each device")
         if not 0 < self.validation_share < 1:
             raise BuildError(f"--validation-share {self.validation_share}: expected more than 0 and less than 1")
 
 
 @dataclass(frozen=True)
 class BuildReport:
-    """The manifest as written and what the build took. `videos` counts files, `used` those that gave a sample."""
+    """The manifest as written and what the build took. `videos` counts files, `used` those that gave a sample,
+    `earlier` those that an earlier start had finished."""
 
     manifest: dict[str, Any]
     videos: int
     used: int
     seconds: float
+    earlier: int = 0
 
 
 @dataclass(frozen=True)
@@ -89,39 +98,43 @@ class _Plan:
 
 
 def build_shards(src: Path, out: Path, options: BuildOptions, console: Console | None = None) -> BuildReport:
-    """Build the shard set `out` from the videos under `src`.
+    """Build the shard set `out` from the videos under `src`, or what is missing of it after an interrupted build.
 
-    Raises BuildError (no video, motion tags mixed, no face landmarker where one is needed, nothing usable), CodecError
-    (a model file that cannot be used) and ShardError (`out` holds a set already). Shows progress on `console`
-    (default: standard error).
+    A set that this very build made before is left as it is. Raises BuildError (no video, a device that is not there,
+    motion tags mixed, no face landmarker where one is needed, another build in `out`, a full disk, nothing usable),
+    CodecError (a model file that cannot be used) and ShardError (`out` holds another set). Finished videos are
+    kept in `out` whenever the build does not come to its end. Shows progress on `console` (default: standard error).
     """
     begun = time.monotonic()
-    console = console or Console(stderr=True)
     options.check()
+    device = kind_of_devices(options.devices)
     videos = find_videos(src)
     if not videos:
         raise BuildError(f"{src}: no video file: expected mp4, mkv, mov, webm, avi or the like in it")
-    out.mkdir(parents=True, exist_ok=True)
-    for stale in out.glob(f"{SCRATCH}*"):  # of a build that was killed
-        shutil.rmtree(stale)
-    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=out) as scratch, _progress(console) as progress:
-        plan = _plan(src, videos, options, Path(scratch), progress)
-        with ShardSetWriter(out, _extractors(options, plan)) as writer:
-            outcomes = _run(plan.jobs, options.workers, progress)
-            rejected = sorted(
-                [*plan.rejected, *(entry for outcome in outcomes for entry in outcome.rejected)],
-                key=lambda entry: (entry["source"], entry.get("window", -1)),
-            )
-            splits = _splits(src, plan.jobs, outcomes, rejected, options.validation_share)
-            for stem in progress.track([s for o in outcomes for s in o.samples], description="writing shards"):
-                sample = load_sample(stem)
-                writer.add(splits[sample.identity], sample)
-            used = sum(1 for outcome in outcomes if outcome.samples)
-            manifest = writer.finish(rejected, {"videos": len(videos), "videos_used": used, **_info(options, plan)})
-    return BuildReport(manifest, len(videos), used, time.monotonic() - begun)
+    try:
+        with open_work(out, options.work) as work, BuildProgress(console or Console(stderr=True)) as progress:
+            times = {video: times_of(video) for video in videos}  # before anything is read
+            plan = _plan(src, videos, options, work.scratch, progress)
+            extractors = _extractors(options, plan)
+            tasks = _tasks(plan.jobs, work, surroundings(extractors, device), times)
+            info = _info(options, len(videos), plan, tasks, extractors)
+            if (out / "manifest.json").exists():
+                manifest = _there(out, info["build"])
+                return BuildReport(manifest, len(videos), manifest["info"]["videos_used"], 0.0, len(videos))
+            results = _run(tasks, plan.rejected, options, progress)
+            terms = Terms(options.validation_share, options.licence, options.origin)
+            manifest = assemble(src, out, work, results, Making(extractors, info, terms, begun), progress)
+    except OSError as error:
+        if is_disk_full(error):
+            kept = options.work or out / FOLDER
+            raise BuildError(f"{out}: {error.strerror}: finished videos are kept in {kept}: make room and run the same "
+                             "command again") from None  # fmt: skip
+        raise
+    used, earlier = manifest["info"]["videos_used"], sum(entry.earlier for entry in results.entries)
+    return BuildReport(manifest, len(videos), used, time.monotonic() - begun, earlier)
 
 
-def _plan(src: Path, videos: list[Path], options: BuildOptions, scratch: Path, progress: Progress) -> _Plan:
+def _plan(src: Path, videos: list[Path], options: BuildOptions, scratch: Path, progress: BuildProgress) -> _Plan:
     """Decide where motion comes from, and refuse files whose content an earlier file has."""
     sidecars = {video: find_sidecar(video) for video in videos}
     without = [video for video, sidecar in sidecars.items() if sidecar is None]
@@ -141,32 +154,27 @@ def _plan(src: Path, videos: list[Path], options: BuildOptions, scratch: Path, p
     else:
         motion_entry = {"tag": motion.tag, "width": len(motion.names), "names": list(motion.names)}
     flame_entry = None if options.flame_encoder is None else _entry(flame_encoder(options.flame_encoder))
-    faces = _detector_tag(options.face_detector)
+    faces = _detector_tag(options.face_detector, options.devices[0])
     named = options.identities and read_identities(options.identities, [name_of(video, src) for video in videos])
     jobs: list[Job] = []
     rejected: list[dict[str, Any]] = list(broken.values())
     seen: dict[str, str] = {}
-    for video in progress.track(videos, description="reading files"):
+    for video, sha256 in _hashes([video for video in videos if video not in broken], options.workers, progress):
         source = name_of(video, src)
-        if video in broken:
+        if isinstance(sha256, OSError):
+            rejected.append(rejection(source, Reason.E_DECODE, f"cannot read: {sha256.strerror}"))
             continue
-        try:
-            with open(video, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            rejected.append(rejection(source, Reason.E_DECODE, f"cannot read: {error.strerror}"))
+        if sha256 in seen:
+            rejected.append(rejection(source, Reason.R_DUPLICATE, f"the same bytes as {seen[sha256]}"))
             continue
-        if digest in seen:
-            rejected.append(rejection(source, Reason.R_DUPLICATE, f"the same bytes as {seen[digest]}"))
-            continue
-        seen[digest] = source
+        seen[sha256] = source
         jobs.append(
             Job(
                 video=video,
                 source=source,
-                key=key_of(video, digest),
+                key=key_of(video, sha256),
                 identity=named[source] if named else identities.get(video, str(Path(source).with_suffix(""))),
-                sha256=digest,
+                sha256=sha256,
                 bytes=video.stat().st_size,
                 size=options.size,
                 limits=options.limits,
@@ -228,11 +236,11 @@ def _entry(encoder: MotionEncoder | FlameEncoder) -> dict[str, Any]:
     return {"tag": encoder.tag, "width": encoder.width, "names": list(encoder.names)}
 
 
-def _detector_tag(detector: Path | None) -> str | None:
+def _detector_tag(detector: Path | None, device: str) -> str | None:
     """Tag of the face detector, if there is one; CodecError for one that cannot be used, before the work starts."""
     if detector is None:
         return None
-    finder = face_finder(detector, None)
+    finder = face_finder(detector, None, device)
     finder.close()
     return finder.tag
 
@@ -249,36 +257,73 @@ def _extractors(options: BuildOptions, plan: _Plan) -> dict[str, dict[str, Any]]
     }
 
 
-def _run(jobs: list[Job], workers: int, progress: Progress) -> list[Outcome]:
-    """Outcomes in the order of the jobs."""
-    task = progress.add_task("videos to samples", total=len(jobs))
-    outcomes: dict[str, Outcome] = {}
-    for outcome in run_jobs(jobs, workers):
-        outcomes[outcome.source] = outcome
-        progress.advance(task)
-    return [outcomes[job.source] for job in jobs]
+def _hashes(videos: list[Path], workers: int, progress: BuildProgress) -> Iterator[tuple[Path, str | OSError]]:
+    """Every video with the SHA-256 of its content, or why it cannot be read."""
+
+    def read(video: Path) -> tuple[Path, str | OSError]:
+        try:
+            return video, hash_file(video)
+        except OSError as error:
+            return video, error
+
+    with ThreadPoolExecutor(workers) as readers:
+        yield from progress.track(readers.map(read, videos), len(videos), "reading files")
 
 
-def _splits(
-    src: Path, jobs: list[Job], outcomes: list[Outcome], rejected: list[dict[str, Any]], share: float
-) -> dict[str, str]:
-    """Split of every identity that has a sample; raises BuildError when none has."""
-    identities = [job.identity for job, outcome in zip(jobs, outcomes, strict=True) if outcome.samples]
-    if not identities:
-        reasons = "; ".join(f"{entry['source']}: {entry['reason']}: {entry['detail']}" for entry in rejected[:5])
-        more = f"; and {len(rejected) - 5} more" if len(rejected) > 5 else ""
-        raise BuildError(f"{src}: no video gave a sample: {reasons}{more}")
-    return split_identities(identities, share)
+def _tasks(jobs: list[Job], work: Work, around: Mapping[str, Any], times: Mapping[Path, tuple[int, ...]]) -> list[Task]:
+    hashes = ContentHashes()
+    return [Task(content_id(job, around, hashes), job, work.results, work.scratch, times[job.video]) for job in jobs]
 
 
-def _info(options: BuildOptions, plan: _Plan) -> dict[str, Any]:
-    limits = {name: getattr(options.limits, name) for name in options.limits.__dataclass_fields__}
-    detector = {"face_detector": plan.faces} if plan.faces else {}
-    return {"size": options.size, "limits": limits, "validation_share": options.validation_share, **detector}
-
-
-def _progress(console: Console) -> Progress:
-    columns: Iterator[Any] = iter(
-        (TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+def _run(tasks: list[Task], rejected: list[dict[str, Any]], options: BuildOptions, progress: BuildProgress) -> Results:
+    """Results in the order of the tasks: those kept from an earlier start, and the others, made now."""
+    found = {task.id: result for task in tasks if (result := find_result(task.results, task.id)) is not None}
+    earlier = set(found)
+    if earlier:
+        progress.say(
+            f"{sum(task.id in earlier for task in tasks)} of {len(tasks)} videos were finished by an earlier start"
+        )
+    missing = sorted((task for task in tasks if task.id not in found), key=lambda task: -task.job.bytes)
+    todo = list({task.id: task for task in missing}.values())
+    done = (
+        (result or _crashed(task), task.job.bytes, result.length if result else 0.0)
+        for task, result in run_tasks(todo, perform, deal(options.devices, options.workers))
     )
-    return Progress(*columns, console=console)
+    for result in progress.videos(done, len(todo), sum(task.job.bytes for task in todo)):
+        found[result.id] = result
+    entries = [Entry(task.job, found[task.id], task.id in earlier) for task in tasks]
+    named = ({**rejected, "source": entry.job.source} for entry in entries for rejected in entry.result.rejected)
+    order = sorted([*rejected, *named], key=lambda entry: (entry["source"], entry.get("window", -1)))
+    return Results(entries, order)
+
+
+def _crashed(task: Task) -> Result:
+    detail = "the process that read it died (killed, out of memory, or a fault in a decoder)"
+    return Result(task.id, task.scratch, (), (rejection("", Reason.E_CRASH, detail),), 0.0, {}, kept=False)
+
+
+def _there(out: Path, build: str) -> dict[str, Any]:
+    """The manifest of the set in `out`, if this build made it; raises ShardError for another or a damaged one."""
+    manifest = ShardSet.open(out).manifest
+    if manifest.get("info", {}).get("build") != build:
+        raise ShardError(
+            f"{out / 'manifest.json'}: a shard set exists here, of other videos or options: expected a new folder"
+        )
+    return dict(manifest)
+
+
+def _info(
+    options: BuildOptions, videos: int, plan: _Plan, tasks: list[Task], extractors: dict[str, Any]
+) -> dict[str, Any]:
+    """What the manifest says about the build. `build` is a hash of all that the set depends on."""
+    info = {
+        "videos": videos,
+        "size": options.size,
+        "limits": asdict(options.limits),
+        "validation_share": options.validation_share,
+        "licence": options.licence,
+        "origin": options.origin,
+        **({"face_detector": plan.faces} if plan.faces else {}),
+    }
+    names = [(task.id, task.job.source, task.job.key, task.job.identity) for task in tasks]
+    return {**info, "build": digest([info, extractors, names, plan.rejected])}

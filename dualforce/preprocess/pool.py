@@ -1,52 +1,171 @@
-"""Running jobs in processes, so that a video that kills its reader takes nothing else with it."""
+"""Running tasks in processes, so that a video that kills its reader takes nothing else with it."""
 
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import BaseContext
+from typing import Any, Generic, TypeVar
 
 import torch
 
-from dualforce.preprocess.process import Job, Outcome, process_video, rejection
-from dualforce.preprocess.reasons import Reason
+from dualforce.launch import one_thread_each
+from dualforce.preprocess.errors import BuildError
+
+T = TypeVar("T")
+R = TypeVar("R")
+Work = Callable[[T, str], R]  # task and device to result; a function of a module, as it is called in other processes
 
 
-def run_jobs(jobs: list[Job], workers: int) -> Iterator[Outcome]:
-    """Yield the outcome of every job as it is done, in any order. One worker runs them in this process; more are
-    fresh processes. When one of those dies, the jobs not done are run again alone, and one that dies again is rejected
-    with E_CRASH."""
-    if workers == 1:
-        yield from map(process_video, jobs)
-        return
-    done: set[str] = set()
-    with _pool(min(workers, max(1, len(jobs)))) as pool:
-        # The largest files first, so that no worker is left with a long one at the end.
-        futures = [pool.submit(process_video, job) for job in sorted(jobs, key=lambda job: -job.bytes)]
-        for future in as_completed(futures):
-            if isinstance(future.exception(), BrokenProcessPool):
-                continue
-            done.add(future.result().source)
-            yield future.result()
-    for job in jobs:
-        if job.source not in done:
-            yield _alone(job)
+def run_tasks(tasks: Sequence[T], work: Work[T, R], devices: Sequence[str]) -> Iterator[tuple[T, R | None]]:
+    """Yield every task with its result as it is done, in any order.
+
+    There is one worker process for each entry of `devices`. Whichever is free takes the next task, in the order given:
+    put the longest first, and no worker is left with a long one at the end. When a worker dies, another takes its place
+    and its task is tried once more after all others, alone; a task whose worker dies again has the result None. What
+    `work` raises is raised here. Raises BuildError when a worker dies before it can work.
+    """
+    waiting, failed = deque(tasks), list[T]()
+    crew = [_Worker(work, device) for device in devices[: len(tasks)]]
+    try:
+        while waiting or any(worker.has_task for worker in crew):
+            for worker in crew:
+                if waiting and worker.free and worker.give(waiting[0]):
+                    waiting.popleft()
+            readable = wait([worker.connection for worker in crew])
+            for place, worker in enumerate(crew):
+                if worker.connection not in readable:
+                    continue
+                try:
+                    yield from worker.take()
+                except _DiedError:
+                    failed += worker.tasks
+                    worker.stop()
+                    crew[place] = _Worker(work, worker.device)
+    finally:
+        for worker in crew:
+            worker.stop()
+    for task in failed:
+        yield task, _alone(task, work, devices[0])
 
 
-def _alone(job: Job) -> Outcome:
-    with _pool(1) as pool:
+def _alone(task: T, work: Work[T, R], device: str) -> R | None:
+    """The result, with no other worker there that could take the memory; None when the process dies again."""
+    worker = _Worker(work, device)
+    try:
+        list(worker.take())  # waits until it can work
+        if worker.give(task):
+            [(_, result)] = worker.take()
+            return result
+    except _DiedError:
+        pass
+    finally:
+        worker.stop()
+    return None
+
+
+class _DiedError(Exception):
+    """The process at the other end is gone."""
+
+
+class _Worker(Generic[T, R]):
+    """A process, and the task it has."""
+
+    def __init__(self, work: Work[T, R], device: str) -> None:
+        context = _context(work.__module__)
+        self.connection, theirs = context.Pipe()
+        self.device = device
+        self.tasks: list[T] = []  # the one it has, if any
+        self._ready = False
+        self._process: Any = context.Process(target=_serve, args=(theirs, work, device), daemon=True)  # type: ignore[attr-defined]
+        with one_thread_each():  # the workers share the cores among themselves
+            self._process.start()
+        theirs.close()
+
+    @property
+    def has_task(self) -> bool:
+        return bool(self.tasks)
+
+    @property
+    def free(self) -> bool:
+        return self._ready and not self.tasks
+
+    def give(self, task: T) -> bool:
+        """Hand over a task; False when the process is gone, which `take` then says."""
         try:
-            return pool.submit(process_video, job).result()
-        except BrokenProcessPool:
-            detail = "the process that read it died (killed, out of memory, or a fault in a decoder)"
-            return Outcome(job.source, (), (rejection(job.source, Reason.E_CRASH, detail),))
+            self.connection.send(task)
+        except OSError:
+            return False
+        self.tasks = [task]
+        return True
+
+    def take(self) -> Iterator[tuple[T, R]]:
+        """Read one message: its task with the result, or nothing when it said that it is ready."""
+        try:
+            result, error = self.connection.recv()
+        except (EOFError, OSError):
+            if not self._ready:
+                raise BuildError("a worker process died at its start (killed, or out of memory)") from None
+            raise _DiedError from None
+        if error is not None:
+            raise error
+        if not self._ready:
+            self._ready = True
+            return
+        task = self.tasks.pop()
+        yield task, result
+
+    def stop(self) -> None:
+        """End the process, whatever it is doing."""
+        self._process.kill()
+        self._process.join()
+        self.connection.close()
 
 
-def _pool(workers: int) -> ProcessPoolExecutor:
-    # "spawn": a forked copy of a process that has used MediaPipe or torch threads can hang.
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_one_thread)
+def _context(module: str) -> BaseContext:
+    # Workers are forked from a server that has imported what they need and done nothing else: a copy of a process that
+    # has used MediaPipe, CUDA or torch's threads can hang, and a fresh interpreter takes seconds for its imports.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, module])
+    return context
 
 
-def _one_thread() -> None:
-    torch.set_num_threads(1)  # the workers share the cores among themselves
+def _serve(connection: Connection, work: Work[T, R], device: str) -> None:
+    """The life of a worker: messages are (result, None) or (None, error)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        _settle(device)
+        connection.send((None, None))
+        while True:
+            try:
+                task = connection.recv()
+            except EOFError:
+                return
+            connection.send((work(task, device), None))
+    except BrokenPipeError:
+        return
+    except Exception as error:
+        connection.send((None, error))
+
+
+def _settle(device: str) -> None:
+    torch.set_num_threads(1)
+    if device != "cpu":
+        try:
+            torch.cuda.set_device(device)
+        except RuntimeError as error:
+            cause = str(error).partition("\n")[0]
+            raise BuildError(f"--devices {device}: {cause}: expected a device that can be used") from None
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)  # nobody waits for the result; what is half written is in a folder of its own

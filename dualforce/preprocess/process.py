@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from data_shards.schema import ClipSample
 from dualforce.codecs import motion_landmarker, video_dct
@@ -21,6 +21,7 @@ from dualforce.codecs.motion_sidecar import Sidecar, SidecarError, read_sidecar
 from dualforce.codecs.protocols import FlameEncoder, MotionEncoder
 from dualforce.codecs.registry import audio_encoder_in, face_finder, flame_encoder, motion_encoder, video_codec
 from dualforce.preprocess import features, quality
+from dualforce.preprocess.errors import is_disk_full
 from dualforce.preprocess.face_crop import CropTrack, crop_frames, plan_crop
 from dualforce.preprocess.face_track import FaceTrack, track_faces, track_sidecar
 from dualforce.preprocess.quality import Limits
@@ -57,6 +58,7 @@ class Job:
     flame_tag: str | None = None
     face_detector: Path | None = None  # insightface's, the model with `face_tag`
     face_tag: str | None = None
+    device: str = "cpu"  # of the encoders
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class _Clip:
 
 def process_video(job: Job) -> Outcome:
     """Run all stages on one video and write its samples to the scratch folder. Raises nothing that the video can cause:
-    whatever is wrong with it is in `rejected`."""
+    whatever is wrong with it is in `rejected`. Raises OSError when the disk is full."""
     begun = time.monotonic()
     try:
         clip = _prepare(job)
@@ -105,6 +107,8 @@ def process_video(job: Job) -> Outcome:
     except Exception as error:
         # One odd file among thousands must not end the build, whatever a decoder or detector makes of it; the type and
         # text are kept, and a fault that hits every file still ends it, for want of samples.
+        if is_disk_full(error):
+            raise
         detail = f"{type(error).__name__}: {error}".splitlines()[0]
         samples, rejected = (), (rejection(job.source, Reason.E_INTERNAL, detail),)
     return Outcome(job.source, samples, rejected, time.monotonic() - begun)
@@ -133,11 +137,11 @@ def _prepare(job: Job) -> _Clip:
         sidecar = read_sidecar(job.sidecar)
         track = track_sidecar(job.video, sidecar)
     if sidecar is None or job.face_detector is not None:
-        track = track_faces(job.video, face_finder(job.face_detector, job.landmarker, tag=job.face_tag))
+        track = track_faces(job.video, face_finder(job.face_detector, job.landmarker, job.device, job.face_tag))
     quality.check_faces(track, job.size, job.limits)
-    audio = features.audio_track(audio_encoder_in(job.audio_encoder), sound.wave)
-    motion = None if sidecar else motion_encoder(job.motion_tag, job.landmarker, job.motion_extractor)
-    flame = flame_encoder(job.flame_encoder, job.flame_tag) if job.flame_encoder else None
+    audio = features.audio_track(audio_encoder_in(job.audio_encoder, job.device), sound.wave)
+    motion = None if sidecar else motion_encoder(job.motion_tag, job.landmarker, job.motion_extractor, job.device)
+    flame = flame_encoder(job.flame_encoder, job.flame_tag, job.device) if job.flame_encoder else None
     return _Clip(job, info, sidecar, sound, track, plan_crop(track), audio, motion, flame)
 
 
@@ -236,7 +240,8 @@ def _meta(clip: _Clip, window: Window, motion_tag: str, flame: features.Extracte
 def _store(job: Job, sample: ClipSample) -> Path:
     """Write a sample to the scratch folder; returns the path without suffix."""
     stem = job.scratch / sample.key
-    save_file({name: value.contiguous() for name, value in sample.tensors().items()}, stem.with_suffix(".safetensors"))
+    data = save({name: value.contiguous() for name, value in sample.tensors().items()})
+    stem.with_suffix(".safetensors").write_bytes(data)  # unlike safetensors' own writing, says OSError for a full disk
     record = {"key": sample.key, "identity": sample.identity, "meta": sample.meta}
     stem.with_suffix(".json").write_text(json.dumps(record), encoding="utf-8")
     return stem

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -193,3 +194,21 @@ def test_interrupted_build_leaves_no_set_and_can_be_repeated(tmp_path: Path) -> 
         writer.finish([], {})
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["manifest.json", "notes.txt", "train-000000.index.json", "train-000000.tar"]
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_a_full_disk_is_an_error_that_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor a traceback of a tar that tries to write its end while it is thrown away."""
+
+    def on_full_disk(path: Path, mode: str) -> Any:
+        path.touch()
+        return open("/dev/full", mode)
+
+    monkeypatch.setattr(data_shards.shard, "open", on_full_disk, raising=False)
+    with pytest.raises(OSError, match="No space left on device"), ShardSetWriter(tmp_path, EXTRACTORS) as writer:
+        for number in range(100):
+            writer.add("train", clip(f"t{number}", "one"))
+            writer.add("validation", clip(f"v{number}", "other"))
+    del writer
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []

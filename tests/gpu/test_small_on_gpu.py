@@ -36,7 +36,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def shards(folder: Path, sample_dir: Path) -> Path:
-    command("-m", "tools.build_shards", str(sample_dir), "--out", str(folder / "shards"), "--workers", "4")
+    arguments = (str(sample_dir), "--out", str(folder / "shards"), "--workers", "4")
+    command("-m", "dualforce.cli", "data", "build", *arguments)
     return folder / "shards"
 
 

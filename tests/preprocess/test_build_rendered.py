@@ -35,6 +35,11 @@ def clip(folder: Path, name: str, *, frames: int = 85, seed: int = 0, amplitude:
     return path
 
 
+def set_bytes(out: Path) -> dict[str, bytes]:
+    """Files of the set by name: the report tells of times."""
+    return {path.name: path.read_bytes() for path in out.iterdir() if not path.name.startswith("report.")}
+
+
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Good clips a, b (two windows) and sub/c, and one of each kind of bad one."""
@@ -88,18 +93,15 @@ def test_good_files_are_built_and_bad_ones_named(mixed: Path, built: tuple[Build
     keys = [key for split in ("train", "validation") for key in shards.split(split).keys]
     assert len(keys) == 4 and report.used == 3
     assert sorted(key.split("-")[0] for key in keys) == ["a", "b", "b", "c"]
-    assert not list(out.glob(".*"))
+    assert not list(out.glob(".*")) and not (out / ".work").exists()
 
 
 def test_the_result_does_not_depend_on_the_workers(
     mixed: Path, built: tuple[BuildReport, Path], tmp_path: Path
 ) -> None:
     one, out = built
-    two = build_shards(mixed, tmp_path / "two", BuildOptions(size=64, workers=2))
-    names = sorted(path.name for path in out.iterdir())
-    assert names == sorted(path.name for path in (tmp_path / "two").iterdir())
-    for name in names:
-        assert (out / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+    two = build_shards(mixed, tmp_path / "two", BuildOptions(size=64, workers=3))
+    assert set_bytes(out) == set_bytes(tmp_path / "two")
     assert one.manifest == two.manifest
 
 
@@ -151,7 +153,7 @@ def test_folders_that_give_nothing(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match=r"no video gave a sample: m\.mp4: R_NOAUDIO") as caught:
         build_shards(tmp_path / "mute", tmp_path / "out", ONE)
     assert "\n" not in str(caught.value)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [".work", "report.html", "report.json"]
 
 
 def test_motion_without_source_or_from_two(tmp_path: Path) -> None:
@@ -172,10 +174,13 @@ def test_motion_without_source_or_from_two(tmp_path: Path) -> None:
 
 
 def test_a_folder_with_shards_is_left_alone(mixed: Path, built: tuple[BuildReport, Path]) -> None:
-    _, out = built
+    """The same build again has nothing to do; another one is refused."""
+    report, out = built
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    with pytest.raises(ShardError, match="a shard set exists here"):
-        build_shards(mixed, out, ONE)
+    again = build_shards(mixed, out, ONE)
+    assert again.manifest == report.manifest and (again.used, again.earlier) == (report.used, again.videos)
+    with pytest.raises(ShardError, match="a shard set exists here, of other videos or options"):
+        build_shards(mixed, out, BuildOptions(size=64, validation_share=0.4))
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 

@@ -82,7 +82,7 @@ def write(report: Report, out: Path) -> None:
         ],
     }
     _publish(out / REPORT, content)
-    # Clips of one video are one person: what `build_shards --identities` needs to keep them in one split.
+    # Clips of one video are one person: what `data build --identities` needs to keep them in one split.
     videos = {clip.name: clip.video for clip in annotations.clips}
     there = (name for name, outcome in report.outcomes.items() if outcome.state in ("got", "there"))
     _publish(out / IDENTITIES, {name: f"youtube-{videos[name]}" for name in there})

@@ -1,0 +1,149 @@
+"""`dualforce data build`: what it prints, its exit codes, bad input as one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data_shards.check import find_faults
+from data_shards.reader import ShardSet
+from dualforce import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Call `dualforce data build ARGS`; returns the exit code and what it wrote to stdout and stderr."""
+
+    def call(*args: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dualforce", "data", "build", *map(str, args)])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        written = capsys.readouterr()
+        return int(left.value.code or 0), written.out, written.err
+
+    return call
+
+
+def take(sample_dir: Path, folder: Path, count: int) -> Path:
+    folder.mkdir()
+    for path in sorted(sample_dir.glob("*.mp4"))[:count]:
+        for suffix in (".mp4", ".json"):
+            shutil.copy(path.with_suffix(suffix), folder)
+    return folder
+
+
+def test_build_and_build_again(sample_dir: Path, tmp_path: Path, run: Run) -> None:
+    src, out = take(sample_dir, tmp_path / "src", 2), tmp_path / "out"
+    (src / "[red]broken.mp4").write_bytes(b"x")
+    shutil.copy(src / "id00.json", src / "[red]broken.json")
+    arguments = (src, "--out", out, "--size", 64, "--workers", 1, "--source", "rendered here", "--licence", "mine")
+    code, text, errors = run(*arguments)
+    assert code == 0, errors
+    assert "[red]broken.mp4" in errors and "E_DECODE" in errors
+    lines = text.splitlines()
+    assert lines[0] == f"{out}: 1 identities and 1 clips in train, 1 identities and 1 clips in validation"
+    assert lines[1].startswith("2 of 3 videos used; ") and lines[1].endswith(f"; see {out / 'report.html'}")
+    shards = ShardSet.open(out)
+    meta = shards.split("train").read(0).meta
+    assert shards.manifest["pixel_size"] == 64 and meta["origin"] == "rendered here" and meta["licence"] == "CC0-1.0"
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert find_faults(out, samples=True).faults == []
+    code, text, _ = run(*arguments)
+    assert code == 0 and "2 of 3 videos used, 3 finished by an earlier start" in text
+    code, _, errors = run(*arguments[:-1], "theirs")
+    assert code == 2 and errors.startswith(f"error: {out}/manifest.json: a shard set exists here, of other videos")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere: no such folder: expected a folder of videos"),
+        (["."], "no video file"),
+        ([".", "--size", "100"], "--size 100: expected a multiple of 16"),
+        ([".", "--workers", "0"], "--workers 0: expected at least 1"),
+        ([".", "--devices", "gpu"], "--devices 'gpu': expected cpu, or cuda:0"),
+        ([".", "--devices", ","], "--devices: none: expected"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, text, errors = run(*arguments, "--out", "out")
+    assert code == 2 and text == ""
+    assert len(errors.splitlines()) == 1 and errors.startswith("error: ") and message in errors
+
+
+def test_a_gpu_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    code, _, errors = run(tmp_path, "--out", tmp_path / "out", "--devices", "cuda:0,cuda:1")
+    assert (
+        code == 2
+        and errors == "error: --devices cuda:0: no such device: expected cpu, as no CUDA GPU is available here\n"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_of_people_that_cannot_be_used(sample_dir: Path, tmp_path: Path, run: Run) -> None:
+    src = take(sample_dir, tmp_path / "src", 1)
+    (tmp_path / "who.json").write_text('{"id00": 3}')
+    code, _, errors = run(src, "--out", tmp_path / "out", "--identities", tmp_path / "who.json")
+    assert code == 2 and len(errors.splitlines()) == 1 and "'id00': 3: expected a name of the person" in errors
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+def test_a_stopped_command_goes_on(sample_dir: Path, tmp_path: Path, how: signal.Signals) -> None:
+    """The whole command with its real workers: Ctrl-C is one line, SIGKILL none; no process is left, and the next
+    start does what is left."""
+    src, out = take(sample_dir, tmp_path / "src", 6), tmp_path / "out"
+    command = [sys.executable, "-m", "dualforce.cli", "data", "build", str(src), "--out", str(out), "--size", "128"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    first = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    results = out / ".work" / "results"
+    end = time.monotonic() + 120
+    while not (results.is_dir() and any(results.iterdir())):
+        assert time.monotonic() < end and first.poll() is None
+        time.sleep(0.01)
+    os.killpg(first.pid, how)
+    _, errors = first.communicate()
+    if how == signal.SIGINT:
+        assert first.returncode == 130
+        assert errors == "error: interrupted; the same command goes on with the videos that are left\n"
+    while alive(first.pid):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    done = len(list(results.iterdir()))
+    assert done >= 1 and not (out / "manifest.json").exists()
+    second = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert second.returncode == 0, second.stderr
+    facts = json.loads((out / "report.json").read_text())
+    assert facts["videos_used"] == 6 and facts["videos_done_earlier"] == done
+    assert f"{done} of 6 videos were finished by an earlier start" in second.stderr
+
+
+def alive(session: int) -> list[str]:
+    """Processes of a session that are no zombies."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[3]) == session and fields[0] != "Z":
+            found.append(path.parent.name)
+    return found
