@@ -23,14 +23,14 @@ from dualforce.generate.request import Sampling
 from dualforce.generate.request import generate as generate_video
 from dualforce.launch import keep_compiled_kernels
 from dualforce.preprocess.errors import BuildError
-from dualforce.preprocess.identities import IdentityError
+from dualforce.preprocess.per_video import PerVideoError
 from dualforce.weights.export import folder_config, tower_state, write_model
 from dualforce.weights.keys import WeightsError
 from dualforce.weights.load import load_model
 
 # What a user can cause: each carries one line. Anything else is a defect and keeps its traceback.
 USER_ERRORS = (
-    BuildError, CodecError, ConfigError, GenerateError, IdentityError, MediaError, OSError, ShardError, SidecarError,
+    BuildError, CodecError, ConfigError, GenerateError, MediaError, OSError, PerVideoError, ShardError, SidecarError,
     WeightsError,
 )  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -71,6 +71,10 @@ def generate(
     seconds: Annotated[float | None, typer.Option(help="length; default: that of the sound")] = None,
     steps: Annotated[int, typer.Option(help="denoising steps per chunk")] = 20,
     seed: Annotated[int, typer.Option(help="seed of the noise")] = 0,
+    text: Annotated[str | None, typer.Option(help="what the video shows, in words; needs --text-encoder")] = None,
+    text_encoder: Annotated[
+        Path | None, typer.Option(help="folder of the text encoder that the model was trained with")
+    ] = None,
     text_embedding: Annotated[Path | None, typer.Option(help='safetensors file with "text" [E,Ct]')] = None,
     cfg_text: Annotated[float, typer.Option(help="guidance scale of the text; 1 is none")] = 1.0,
     cfg_audio: Annotated[float, typer.Option(help="guidance scale of the sound; 1 is none")] = 1.0,
@@ -87,13 +91,22 @@ def generate(
     audio_encoder: Annotated[
         Path | None, typer.Option(help="folder of the speech encoder that the model was trained with")
     ] = None,
+    motion_extractor: Annotated[
+        Path | None, typer.Option(help="LivePortrait checkpoint that the model was trained with")
+    ] = None,
+    video_codec: Annotated[
+        Path | None, typer.Option(help="folder of the video VAE that the model was trained with")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
     dtype: Annotated[DtypeName | None, typer.Option(help="default: bfloat16 on a GPU, float32 elsewhere")] = None,
 ) -> None:
     """Generate a talking video from a model folder, a picture and a sound."""
     place = _device(device)
     kind = DTYPES[dtype] if dtype else (torch.bfloat16 if place.type == "cuda" else torch.float32)
-    sources = Sources(image, audio, motion, text_embedding, face_landmarker, seconds, audio_encoder)
+    sources = Sources(
+        image, audio, motion, text_embedding, face_landmarker, seconds, audio_encoder, motion_extractor, video_codec,
+        text, text_encoder,
+    )  # fmt: skip
     sampling = Sampling(steps, seed, cfg_text, cfg_audio, mode, lag, horizon, window)
     keep_compiled_kernels()
     loaded = load_model(model, place, kind)

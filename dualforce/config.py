@@ -131,6 +131,9 @@ class DataConfig(Section):
     """Which clips a run trains on, and how they are dealt out."""
 
     shards: str = Field(default="shards", description="folder of a shard set (with manifest.json)")
+    video_codec: str | None = Field(
+        default=None, description="folder of the shards' video VAE, to decode sample frames; null: none are shown"
+    )
     frames: int = Field(default=9, ge=1, description="latent frames of a training clip, 1 + k * frames_per_chunk")
     clips_per_step: int = Field(default=8, ge=1, description="clips of one optimizer step over all ranks")
     max_micro_batch: int = Field(default=8, ge=1, description="clips per forward on one data-parallel rank, at most")
@@ -233,8 +236,9 @@ SectionT = TypeVar("SectionT", bound=Section)
 def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run file with its `extends` and `key=value` overrides (dotted keys, JSON values or plain words).
 
-    The `deepspeed` and `data.shards` paths of a file are relative to that file; those of an override, to the working
-    directory. Raises ConfigError with one line for anything that is missing, unknown or out of range.
+    The paths of a file (`deepspeed`, `data.shards`, `data.video_codec`) are relative to that file; those of an
+    override, to the working directory. Raises ConfigError with one line for anything that is missing, unknown or out
+    of range.
     """
     values = _read_with_base(path)
     for item in overrides:
@@ -289,8 +293,9 @@ def _with_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     if isinstance(values.get("deepspeed"), str):
         values["deepspeed"] = str(folder / values["deepspeed"])
     data = values.get("data")
-    if isinstance(data, dict) and isinstance(data.get("shards"), str):
-        data["shards"] = str(folder / data["shards"])
+    for name in ("shards", "video_codec"):
+        if isinstance(data, dict) and isinstance(data.get(name), str):
+            data[name] = str(folder / data[name])
     return values
 
 

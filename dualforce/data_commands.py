@@ -41,6 +41,15 @@ def build(
     audio_encoder: Annotated[
         Path | None, typer.Option(help="folder of a HuBERT or Whisper model; without one, log-mel features")
     ] = None,
+    video_codec: Annotated[
+        Path | None, typer.Option(help="folder of the Wan 2.1 VAE (diffusers layout); without one, the dct codec")
+    ] = None,
+    text_encoder: Annotated[
+        Path | None, typer.Option(help="folder of a umT5 encoder with its tokenizer.json, for --captions")
+    ] = None,
+    captions: Annotated[
+        Path | None, typer.Option(help="JSON object: what each video shows (path below SRC, without ending)")
+    ] = None,
     motion_extractor: Annotated[
         Path | None, typer.Option(help="LivePortrait's motion_extractor.pth; without one, MediaPipe's motion")
     ] = None,
@@ -69,6 +78,7 @@ def build(
     places = tuple(name.strip() for name in devices.split(",") if name.strip())
     options = BuildOptions(
         size=size, face_landmarker=face_landmarker, audio_encoder=audio_encoder, identities=identities,
+        video_codec=video_codec, text_encoder=text_encoder, captions=captions,
         motion_extractor=motion_extractor, flame_encoder=flame_encoder, face_detector=face_detector,
         workers=max(2, len(places)) if workers is None else workers, devices=places, validation_share=validation_share,
         licence=licence, origin=source, work=work,

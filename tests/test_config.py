@@ -119,7 +119,7 @@ def test_extends_of_nothing(tmp_path: Path) -> None:
 
 
 def test_paths_are_relative_to_the_file_that_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = {**MINIMAL, "deepspeed": "../ds/zero1.json", "data": {"shards": "set"}}
+    base = {**MINIMAL, "deepspeed": "../ds/zero1.json", "data": {"shards": "set", "video_codec": "vae"}}
     write(tmp_path, "base/run.json", base)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -127,6 +127,7 @@ def test_paths_are_relative_to_the_file_that_names_them(tmp_path: Path, monkeypa
     run = load_run(delta)
     assert Path(run.deepspeed).resolve() == tmp_path / "ds" / "zero1.json"
     assert Path(run.data.shards).resolve() == tmp_path / "base" / "set"
+    assert run.data.video_codec and Path(run.data.video_codec).resolve() == tmp_path / "base" / "vae"
     own = load_run(write(tmp_path, "delta/own.json", {"extends": "../base/run.json", "data": {"shards": "mine"}}))
     assert Path(own.data.shards).resolve() == tmp_path / "delta" / "mine"
     assert load_run(delta, ["data.shards=here"]).data.shards == "here"  # of an override: the working directory

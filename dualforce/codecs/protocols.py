@@ -4,7 +4,7 @@ features and motion of different tags are different things and never meet in one
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,25 +13,41 @@ from torch import Tensor
 Pixels = NDArray[np.uint8]
 Wave = NDArray[np.float32]
 
+VIDEO_STRIDE = 8  # pixels along an edge of a latent, of every video codec
+
 
 class CodecError(ValueError):
     """A codec that cannot be used or a result that cannot be; one line for the user."""
 
 
+class ClipDecoder(Protocol):
+    """Decodes the latents of one clip in order, in pieces of any length; the pixels do not depend on the pieces."""
+
+    def decode(self, latents: Tensor) -> Pixels:
+        """Pixels [p,H,W,3] of the next latent frames [n,C,h,w]: one of the clip's frame 0, four of every other."""
+
+
 class VideoCodec(Protocol):
-    """Latents [F,C,H/stride,W/stride] fp32, not normalised, of P = 1 + 4 (F-1) pixel frames [P,H,W,3] uint8."""
+    """Latents [F,C,H/8,W/8] fp32, not normalised, of P = 1 + 4 (F-1) pixel frames [P,H,W,3] uint8.
+
+    Causal: latent frame j depends on pixel frames 0 .. 4j alone, and `encode_image(x)` equals `encode([x, ...])[0]`.
+    """
 
     tag: str
     channels: int
-    stride: int
 
     def encode(self, pixels: Pixels) -> Tensor: ...
 
     def encode_image(self, picture: Pixels) -> Tensor: ...
 
-    def decode(self, latents: Tensor) -> Pixels: ...
+    def decode(self, latents: Tensor) -> Pixels:
+        """A whole clip at once: `decoder().decode(latents)`."""
 
-    def decode_frames(self, latents: Tensor, first: bool) -> Pixels: ...
+    def decoder(self) -> ClipDecoder:
+        """A decoder at the start of a clip."""
+
+    def coded(self, height: int, width: int) -> dict[str, Any]:
+        """How pictures of H,W pixels are coded, as far as the tag does not say it: JSON for a clip's `meta`."""
 
 
 class AudioEncoder(Protocol):
@@ -42,6 +58,15 @@ class AudioEncoder(Protocol):
     hz: int
 
     def encode(self, wave: Wave) -> Tensor: ...
+
+
+class TextEncoder(Protocol):
+    """Embedding [n, width] fp32 of the n tokens of a text, 512 at most."""
+
+    tag: str
+    width: int
+
+    def encode(self, text: str) -> Tensor: ...
 
 
 class MotionEncoder(Protocol):

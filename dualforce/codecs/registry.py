@@ -4,17 +4,54 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dualforce.codecs import audio_logmel, audio_speech, flame_deca, motion_landmarker, motion_liveportrait, video_dct
+import torch
+
+from dualforce.codecs import (
+    audio_logmel,
+    audio_speech,
+    flame_deca,
+    motion_landmarker,
+    motion_liveportrait,
+    text_umt5,
+    video_dct,
+    video_wan,
+)
 from dualforce.codecs.face_landmarker import FaceLandmarkerModel
 from dualforce.codecs.face_retina import RetinaFaceModel
-from dualforce.codecs.protocols import AudioEncoder, CodecError, FaceFinder, FlameEncoder, MotionEncoder, VideoCodec
+from dualforce.codecs.protocols import (
+    AudioEncoder,
+    CodecError,
+    FaceFinder,
+    FlameEncoder,
+    MotionEncoder,
+    TextEncoder,
+    VideoCodec,
+)
 
 
-def video_codec(tag: str) -> VideoCodec:
-    """The video codec of a tag; raises CodecError for an unknown one."""
+def video_codec(tag: str, folder: Path | None = None, device: str | torch.device = "cpu") -> VideoCodec:
+    """The video codec of a tag on `device`; `folder` holds the pretrained model where the tag names one.
+
+    Raises CodecError for an unknown tag, without the folder or with one that the tag needs not, or for a folder with
+    another model.
+    """
     if tag == video_dct.TAG:
+        if folder is not None:
+            raise CodecError(f"video codec in {folder}: not used: expected none, as the video codec is {tag!r}")
         return video_dct.DctVideoCodec()
-    raise CodecError(f"video codec {tag!r}: unknown; expected {video_dct.TAG!r}")
+    if tag.partition("-")[0] != video_wan.KIND:
+        raise CodecError(f"video codec {tag!r}: unknown; expected {video_dct.TAG!r} or that of a {video_wan.KIND} VAE")
+    if folder is None:
+        raise CodecError(f"video codec {tag!r}: needs --video-codec DIR, the folder of the VAE with this tag")
+    found = video_wan.WanVideoCodec(folder, device)
+    if found.tag != tag:
+        raise CodecError(f"video codec in {folder}: is {found.tag!r}: expected {tag!r}")
+    return found
+
+
+def video_codec_in(folder: Path | None, device: str | torch.device = "cpu") -> VideoCodec:
+    """The pretrained VAE of a folder on `device`, or the codec that needs no weights; CodecError for another folder."""
+    return video_dct.DctVideoCodec() if folder is None else video_wan.WanVideoCodec(folder, device)
 
 
 def audio_encoder(tag: str, folder: Path | None = None) -> AudioEncoder:
@@ -40,13 +77,32 @@ def audio_encoder_in(folder: Path | None, device: str = "cpu") -> AudioEncoder:
     return audio_logmel.LogMelAudio() if folder is None else audio_speech.SpeechFeatures(folder, device)
 
 
+def text_encoder(tag: str, folder: Path, device: str | torch.device = "cpu") -> TextEncoder:
+    """The text encoder of a tag on `device`, from `folder`.
+
+    Raises CodecError for an unknown tag and for a folder with another model.
+    """
+    if tag.partition("-")[0] != text_umt5.KIND:
+        raise CodecError(f"text encoder {tag!r}: unknown; expected that of a {text_umt5.KIND} model")
+    found = text_umt5.Umt5Text(folder, device)
+    if found.tag != tag:
+        raise CodecError(f"--text-encoder {folder}: is {found.tag!r}: expected {tag!r}")
+    return found
+
+
+def text_encoder_in(folder: Path, device: str | torch.device = "cpu") -> TextEncoder:
+    """The pretrained text encoder of a folder on `device`; CodecError for another folder."""
+    return text_umt5.Umt5Text(folder, device)
+
+
 def motion_encoder(
     tag: str, face_landmarker: Path | None, motion_extractor: Path | None = None, device: str = "cpu"
 ) -> MotionEncoder:
     """The motion encoder of a tag, with the model file it needs; a network runs on `device`.
 
-    Raises CodecError for a tag whose motion cannot be computed from pictures (a rendered clip's sidecar has it), when the model file is not given or not there, or when
-    it holds another model."""
+    Raises CodecError for a tag whose motion cannot be computed from pictures (a rendered clip's sidecar has it), when
+    the model file is not given or not there, or when it holds another model.
+    """
     if tag.partition("-")[0] == motion_liveportrait.KIND:
         if motion_extractor is None:
             raise CodecError(

@@ -15,17 +15,18 @@ Latents are not normalised; their statistics live in the shard manifest. Pixels 
 from __future__ import annotations
 
 import math
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from dualforce.codecs.protocols import Pixels
+from dualforce.codecs.pixels import check_pixels, to_bytes, to_unit
+from dualforce.codecs.protocols import VIDEO_STRIDE, Pixels
 from dualforce.types import PIXEL_FRAMES_PER_LATENT, latent_frames
 
 TAG = "dct-4x8x8-16-v1"
 CHANNELS = 16
-BLOCK = 8
+BLOCK = VIDEO_STRIDE
 FIRST_LUMA = 14
 LUMA_STILL = 11
 LUMA_MOVING = 3
@@ -39,7 +40,6 @@ class DctVideoCodec:
 
     tag = TAG
     channels = CHANNELS
-    stride = BLOCK
 
     def __init__(self) -> None:
         self._first = first_basis().float()
@@ -47,7 +47,7 @@ class DctVideoCodec:
 
     def encode(self, pixels: Pixels) -> Tensor:
         """Latents [F,16,H/8,W/8] fp32 of pixels [P,H,W,3] uint8; raises ValueError for another shape or type."""
-        _check_pixels(pixels, 4)
+        check_pixels(pixels, 4)
         latent_frames(pixels.shape[0])
         first = _to_blocks(pixels[:1], 1) @ self._first.T
         rest = _to_blocks(pixels[1:], PIXEL_FRAMES_PER_LATENT) @ self._rest.T
@@ -55,20 +55,24 @@ class DctVideoCodec:
 
     def encode_image(self, picture: Pixels) -> Tensor:
         """Latent [16,H/8,W/8] fp32 of one picture [H,W,3] uint8, coded as latent frame 0 is."""
-        _check_pixels(picture, 3)
+        check_pixels(picture, 3)
         return self.encode(picture[None])[0]
 
     def decode(self, latents: Tensor) -> Pixels:
         """Pixels [P,H,W,3] uint8 of a clip's latents [F,16,h,w], the first of which is frame 0."""
-        return self.decode_frames(latents, first=True)
+        return self.decoder().decode(latents)
 
-    def decode_frames(self, latents: Tensor, first: bool) -> Pixels:
-        """Pixels of consecutive latent frames [n,16,h,w]; `first`: latents[0] is the clip's frame 0 (one pixel frame),
-        every other latent frame gives four. Frames are independent, so a clip may be decoded piece by piece."""
-        return _to_bytes(self.decode_float(latents, first))
+    def decoder(self) -> DctDecoder:
+        """A decoder at the start of a clip."""
+        return DctDecoder(self)
+
+    def coded(self, height: int, width: int) -> dict[str, Any]:
+        """Nothing: the tag says all."""
+        return {}
 
     def decode_float(self, latents: Tensor, first: bool) -> Tensor:
-        """As `decode_frames`, but fp32 [P,H,W,3] on the scale [-1, 1], neither clipped nor rounded."""
+        """Pixels fp32 [P,H,W,3] on the scale [-1, 1], neither clipped nor rounded, of consecutive latent frames
+        [n,16,h,w]; `first`: latents[0] is the clip's frame 0."""
         if latents.ndim != 4 or latents.shape[1] != CHANNELS:
             raise ValueError(f"latents {tuple(latents.shape)}: expected [F,{CHANNELS},h,w]")
         values = latents.detach().to("cpu", torch.float32).permute(0, 2, 3, 1)
@@ -78,6 +82,19 @@ class DctVideoCodec:
             _from_blocks(values[head:] @ self._rest, PIXEL_FRAMES_PER_LATENT),
         ]
         return torch.cat(parts)
+
+
+class DctDecoder:
+    """Decodes one clip piece by piece. Frames are independent; all that is kept is whether frame 0 is behind."""
+
+    def __init__(self, codec: DctVideoCodec) -> None:
+        self._codec, self._begun = codec, False
+
+    def decode(self, latents: Tensor) -> Pixels:
+        """Pixels of the clip's next latent frames [n,16,h,w]: one of frame 0, four of every other."""
+        values = self._codec.decode_float(latents, first=not self._begun)
+        self._begun = self._begun or len(latents) > 0
+        return to_bytes(values)
 
 
 def first_basis() -> Tensor:
@@ -120,16 +137,9 @@ def _product(*factors: Tensor) -> Tensor:
     return result
 
 
-def _check_pixels(pixels: Pixels, dims: int) -> None:
-    shape = pixels.shape
-    if pixels.dtype != np.uint8 or len(shape) != dims or shape[-1] != 3 or shape[-2] % BLOCK or shape[-3] % BLOCK:
-        layout = "[P,H,W,3]" if dims == 4 else "[H,W,3]"
-        raise ValueError(f"pixels {pixels.dtype} {shape}: expected uint8 {layout} with H and W multiples of {BLOCK}")
-
-
 def _to_blocks(pixels: Pixels, frames: int) -> Tensor:
     """Pixels [n*frames,H,W,3] uint8 -> blocks [n,h,w,frames*8*8*3] fp32 in [-1, 1]."""
-    values = torch.from_numpy(np.ascontiguousarray(pixels)).float() / 127.5 - 1
+    values = to_unit(pixels)
     count, height, width, _ = values.shape
     shape = (count // frames, frames, height // BLOCK, BLOCK, width // BLOCK, BLOCK, 3)
     blocks = values.reshape(shape).permute(0, 2, 4, 1, 3, 5, 6)
@@ -141,7 +151,3 @@ def _from_blocks(blocks: Tensor, frames: int) -> Tensor:
     count, height, width, _ = blocks.shape
     values = blocks.reshape(count, height, width, frames, BLOCK, BLOCK, 3).permute(0, 3, 1, 4, 2, 5, 6)
     return values.reshape(count * frames, height * BLOCK, width * BLOCK, 3)
-
-
-def _to_bytes(values: Tensor) -> Pixels:
-    return ((values + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()

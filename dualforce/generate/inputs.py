@@ -24,8 +24,9 @@ from dualforce.codecs.face_landmarker import FaceLandmarkerModel
 from dualforce.codecs.media import read_audio, read_image
 from dualforce.codecs.motion_landmarker import CROP_SIZE, NoFaceError
 from dualforce.codecs.motion_sidecar import Motion, read_motion
-from dualforce.codecs.protocols import AudioEncoder, Pixels, VideoCodec, Wave
-from dualforce.codecs.registry import audio_encoder, motion_encoder, video_codec
+from dualforce.codecs.protocols import VIDEO_STRIDE, AudioEncoder, Pixels, VideoCodec, Wave
+from dualforce.codecs.registry import audio_encoder, motion_encoder, text_encoder, video_codec
+from dualforce.codecs.text_umt5 import padded
 from dualforce.config import ModelConfig
 from dualforce.data.statistics import StreamStatistics
 from dualforce.generate.rollout import RolloutInputs
@@ -49,7 +50,8 @@ class GenerateError(ValueError):
 
 @dataclass(frozen=True)
 class Sources:
-    """The files a video is generated from, and how much of the sound is used (None: all of it)."""
+    """The files a video is generated from, and how much of the sound is used (None: all of it). `text` is a file with
+    an embedding, `prompt` a text in words, of which `text_encoder` makes one."""
 
     image: Path
     audio: Path
@@ -59,6 +61,9 @@ class Sources:
     seconds: float | None = None
     audio_encoder: Path | None = None
     motion_extractor: Path | None = None
+    video_codec: Path | None = None
+    prompt: str | None = None
+    text_encoder: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -72,8 +77,11 @@ class Prepared:
     wave: Wave
 
 
-def prepare(sources: Sources, config: Mapping[str, Any], model: ModelConfig, origin: str) -> Prepared:
-    """Read and code all inputs for a model folder's `config`. `origin` names the folder in errors.
+def prepare(
+    sources: Sources, config: Mapping[str, Any], model: ModelConfig, origin: str, device: str | torch.device = "cpu"
+) -> Prepared:
+    """Read and code all inputs for a model folder's `config`. `origin` names the folder in errors; a pretrained video
+    codec runs on `device`.
 
     Raises GenerateError, MediaError, SidecarError or CodecError, each with one line.
     """
@@ -81,7 +89,7 @@ def prepare(sources: Sources, config: Mapping[str, Any], model: ModelConfig, ori
     if sources.face_landmarker is not None and not sources.face_landmarker.is_file():
         raise GenerateError(f"--face-landmarker {sources.face_landmarker}: no such file")
     extractors = config["extractors"]
-    codec = video_codec(extractors["video"]["tag"])
+    codec = video_codec(extractors["video"]["tag"], sources.video_codec, device)
     size = _pixel_size(config["geometry"], codec, origin)
     wave, count = _sound(sources.audio, sources.seconds)
     frames = whole_frames(count, model.frames_per_chunk)
@@ -96,7 +104,7 @@ def prepare(sources: Sources, config: Mapping[str, Any], model: ModelConfig, ori
         audio=statistics.normalise_audio(
             _audio(wave, audio_encoder(extractors["audio"]["tag"], sources.audio_encoder), frames, model.audio.context)
         ),
-        text=None if sources.text is None else read_text(sources.text, model),
+        text=_text(sources, extractors, model, device),
         struct=statistics.normalise_struct(_on_clock(motion, frames)) if given else None,
     )
     _check_widths(inputs, model, origin)
@@ -129,12 +137,34 @@ def read_text(path: Path, model: ModelConfig) -> Tensor:
     return text
 
 
+def _text(
+    sources: Sources, extractors: Mapping[str, Any], model: ModelConfig, device: str | torch.device
+) -> Tensor | None:
+    """The text [E,Ct] fp32, from the file or of the words that were given; None without either."""
+    if sources.prompt is None:
+        if sources.text_encoder is not None:
+            raise GenerateError(f"--text-encoder {sources.text_encoder}: not used: expected --text TEXT with it")
+        return None if sources.text is None else read_text(sources.text, model)
+    if sources.text is not None:
+        raise GenerateError("--text and --text-embedding: expected one of them")
+    if not sources.prompt.strip():
+        raise GenerateError(f"--text {sources.prompt!r}: expected words")
+    if "text" not in extractors or not (model.video.text or model.struct.text):
+        raise GenerateError("--text: this model was trained without texts: expected none")
+    tag = extractors["text"]["tag"]
+    if sources.text_encoder is None:
+        raise GenerateError(f"--text: needs --text-encoder DIR, the folder of the model {tag!r}")
+    embedding = padded(text_encoder(tag, sources.text_encoder, device).encode(sources.prompt))
+    # Rounded as texts of shards are.
+    return embedding.half().float()
+
+
 def _pixel_size(geometry: Mapping[str, Any], codec: VideoCodec, origin: str) -> int:
     """Edge of the model's pictures; GenerateError when it does not fit its latents."""
     size, latent = geometry.get("pixel_size"), geometry.get("latent")
     if not isinstance(size, int) or size < 1:
         raise GenerateError(f"{origin}: geometry.pixel_size = {size!r}: expected a number of pixels")
-    expected = [codec.channels, size // codec.stride, size // codec.stride]
+    expected = [codec.channels, size // VIDEO_STRIDE, size // VIDEO_STRIDE]
     if latent != expected:
         raise GenerateError(f"{origin}: geometry.latent = {latent}: expected {expected} for pixel_size = {size}")
     return size

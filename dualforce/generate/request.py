@@ -49,9 +49,11 @@ def generate(
         raise GenerateError(f"--out {out}: expected a name that ends in .mp4")
     if out.is_dir():
         raise GenerateError(f"--out {out}: is a folder; expected a file")
-    if sampling.cfg_text != 1.0 and sources.text is None:
-        raise GenerateError(f"--cfg-text {sampling.cfg_text}: needs --text-embedding FILE: expected 1 without a text")
-    prepared = prepare(sources, config, model.config, origin)
+    if sampling.cfg_text != 1.0 and sources.text is None and sources.prompt is None:
+        raise GenerateError(
+            f"--cfg-text {sampling.cfg_text}: needs --text TEXT or --text-embedding FILE: expected 1 without a text"
+        )
+    prepared = prepare(sources, config, model.config, origin, next(model.parameters()).device)
     settings = rollout_settings(sampling, config["noise"], model, origin)
     frames = len(prepared.inputs.audio)
     logger.info(

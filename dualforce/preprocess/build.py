@@ -17,16 +17,24 @@ from data_shards.schema import ShardError
 from dualforce.codecs import motion_landmarker
 from dualforce.codecs.face_landmarker import FaceLandmarkerModel
 from dualforce.codecs.motion_sidecar import FORMAT, Motion, SidecarError, find_sidecar, read_sidecar
-from dualforce.codecs.protocols import FlameEncoder, MotionEncoder
-from dualforce.codecs.registry import audio_encoder_in, face_finder, flame_encoder, motion_encoder_in, video_codec
+from dualforce.codecs.protocols import VIDEO_STRIDE, FlameEncoder, MotionEncoder
+from dualforce.codecs.registry import (
+    audio_encoder_in,
+    face_finder,
+    flame_encoder,
+    motion_encoder_in,
+    text_encoder_in,
+    video_codec_in,
+)
 from dualforce.preprocess.assemble import Making, Results, Terms, assemble
+from dualforce.preprocess.captions import Caption, embed_captions, read_captions
 from dualforce.preprocess.content_id import ContentHashes, content_id, digest, hash_file, surroundings
 from dualforce.preprocess.devices import deal, kind_of_devices
 from dualforce.preprocess.errors import BuildError, is_disk_full
 from dualforce.preprocess.files import find_videos, key_of, name_of
 from dualforce.preprocess.identities import read_identities
 from dualforce.preprocess.pool import run_tasks
-from dualforce.preprocess.process import VIDEO_TAG, Job, rejection
+from dualforce.preprocess.process import Job, rejection
 from dualforce.preprocess.progress import BuildProgress
 from dualforce.preprocess.quality import Limits
 from dualforce.preprocess.reasons import Reason
@@ -37,6 +45,8 @@ from dualforce.preprocess.work import FOLDER, Result, Task, Work, find_result, o
 @dataclass(frozen=True)
 class BuildOptions:
     """`size`: edge of the crops in pixels; `audio_encoder`: folder of a pretrained speech encoder (None: logmel);
+    `video_codec`: folder of a pretrained video codec (None: dct); `text_encoder`: that of a text encoder, for the texts
+    of the JSON file `captions` (None: a set without texts);
     `motion_extractor`: LivePortrait's checkpoint (None: motion by `face_landmarker`);
     `flame_encoder`: DECA's or EMOCA's checkpoint (None: no FLAME);
     `face_detector`: insightface's, which then finds the face (None: `face_landmarker` does, or the sidecar says);
@@ -48,6 +58,9 @@ class BuildOptions:
     size: int = 128
     face_landmarker: Path | None = None
     audio_encoder: Path | None = None
+    video_codec: Path | None = None
+    text_encoder: Path | None = None
+    captions: Path | None = None
     motion_extractor: Path | None = None
     flame_encoder: Path | None = None
     face_detector: Path | None = None
@@ -62,9 +75,12 @@ class BuildOptions:
 
     def check(self) -> None:
         """Raise BuildError for a value that cannot work."""
-        stride = video_codec(VIDEO_TAG).stride
-        if self.size < 2 * stride or self.size % (2 * stride):
-            raise BuildError(f"--size {self.size}: expected a multiple of {2 * stride}, as latents are patched by 2")
+        edge = 2 * VIDEO_STRIDE
+        if self.size < edge or self.size % edge:
+            raise BuildError(f"--size {self.size}: expected a multiple of {edge}, as latents are patched by 2")
+        if (self.captions is None) != (self.text_encoder is None):
+            given, other = ("captions", "text-encoder DIR") if self.captions else ("text-encoder", "captions FILE")
+            raise BuildError(f"--{given} {self.captions or self.text_encoder}: needs --{other}")
         if self.workers < 1:
             raise BuildError(f"--workers {self.workers}: expected at least 1")
         if self.workers < len(self.devices):
@@ -93,6 +109,7 @@ class _Plan:
     jobs: list[Job]
     motion: dict[str, Any]
     flame: dict[str, Any] | None
+    text: dict[str, Any] | None
     rejected: list[dict[str, Any]]
     faces: str | None = None
 
@@ -156,6 +173,7 @@ def _plan(src: Path, videos: list[Path], options: BuildOptions, scratch: Path, p
     flame_entry = None if options.flame_encoder is None else _entry(flame_encoder(options.flame_encoder))
     faces = _detector_tag(options.face_detector, options.devices[0])
     named = options.identities and read_identities(options.identities, [name_of(video, src) for video in videos])
+    text, captions = _captions(src, videos, options, scratch, progress)
     jobs: list[Job] = []
     rejected: list[dict[str, Any]] = list(broken.values())
     seen: dict[str, str] = {}
@@ -188,9 +206,26 @@ def _plan(src: Path, videos: list[Path], options: BuildOptions, scratch: Path, p
                 flame_tag=None if flame_entry is None else flame_entry["tag"],
                 face_detector=options.face_detector,
                 face_tag=faces,
+                video_codec=options.video_codec,
+                caption=captions.get(source),
             )
         )
-    return _Plan(jobs, motion_entry, flame_entry, rejected, faces)
+    return _Plan(jobs, motion_entry, flame_entry, text, rejected, faces)
+
+
+def _captions(
+    src: Path, videos: list[Path], options: BuildOptions, scratch: Path, progress: BuildProgress
+) -> tuple[dict[str, Any] | None, dict[str, Caption]]:
+    """The extractor entry of the texts and the captions by source; (None, {}) for a set without."""
+    if options.captions is None or options.text_encoder is None:
+        return None, {}
+    texts = read_captions(options.captions, [name_of(video, src) for video in videos])
+    encoder = text_encoder_in(options.text_encoder, options.devices[0])
+
+    def track(texts: list[str]) -> Iterator[str]:
+        yield from progress.track(texts, len(texts), "embedding texts")
+
+    return {"tag": encoder.tag, "width": encoder.width}, embed_captions(texts, encoder, scratch, track)
 
 
 def _sidecar_motion(
@@ -246,14 +281,14 @@ def _detector_tag(detector: Path | None, device: str) -> str | None:
 
 
 def _extractors(options: BuildOptions, plan: _Plan) -> dict[str, dict[str, Any]]:
-    codec, audio = video_codec(VIDEO_TAG), audio_encoder_in(options.audio_encoder)
-    edge = options.size // codec.stride
-    flame = {} if plan.flame is None else {"flame": plan.flame}
+    codec, audio = video_codec_in(options.video_codec), audio_encoder_in(options.audio_encoder)
+    edge = options.size // VIDEO_STRIDE
     return {
         "video": {"tag": codec.tag, "channels": codec.channels, "height": edge, "width": edge},
         "motion": plan.motion,
         "audio": {"tag": audio.tag, "width": audio.width, "hz": audio.hz},
-        **flame,
+        **({"flame": plan.flame} if plan.flame else {}),
+        **({"text": plan.text} if plan.text else {}),
     }
 
 

@@ -13,14 +13,15 @@ import numpy as np
 from safetensors.torch import load_file, save
 
 from data_shards.schema import ClipSample
-from dualforce.codecs import motion_landmarker, video_dct
+from dualforce.codecs import motion_landmarker
 from dualforce.codecs.face_box import Boxes, Pixels, resize, square_boxes
 from dualforce.codecs.media import MediaError, MediaInfo, probe, read_sound
 from dualforce.codecs.media_clock import PlacedSound
 from dualforce.codecs.motion_sidecar import Sidecar, SidecarError, read_sidecar
-from dualforce.codecs.protocols import FlameEncoder, MotionEncoder
-from dualforce.codecs.registry import audio_encoder_in, face_finder, flame_encoder, motion_encoder, video_codec
+from dualforce.codecs.protocols import FlameEncoder, MotionEncoder, VideoCodec
+from dualforce.codecs.registry import audio_encoder_in, face_finder, flame_encoder, motion_encoder, video_codec_in
 from dualforce.preprocess import features, quality
+from dualforce.preprocess.captions import Caption, caption_embedding
 from dualforce.preprocess.errors import is_disk_full
 from dualforce.preprocess.face_crop import CropTrack, crop_frames, plan_crop
 from dualforce.preprocess.face_track import FaceTrack, track_faces, track_sidecar
@@ -28,8 +29,6 @@ from dualforce.preprocess.quality import Limits
 from dualforce.preprocess.reasons import Reason, Rejected
 from dualforce.preprocess.window_faces import boxes_in_crops, find_faces
 from dualforce.preprocess.windows import Window, check_window, plan_windows
-
-VIDEO_TAG = video_dct.TAG
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,8 @@ class Job:
     flame_tag: str | None = None
     face_detector: Path | None = None  # insightface's, the model with `face_tag`
     face_tag: str | None = None
+    video_codec: Path | None = None  # folder of a pretrained one; None: dct
+    caption: Caption | None = None  # None: a set without texts
     device: str = "cpu"  # of the encoders
 
 
@@ -84,6 +85,7 @@ class _Clip:
     audio: features.Extracted
     motion: MotionEncoder | None  # None: the sidecar's
     flame: FlameEncoder | None
+    codec: VideoCodec
     rejected: list[dict[str, Any]] = field(default_factory=list)
 
     def reject(self, window: Window, error: Rejected) -> None:
@@ -142,7 +144,8 @@ def _prepare(job: Job) -> _Clip:
     audio = features.audio_track(audio_encoder_in(job.audio_encoder, job.device), sound.wave)
     motion = None if sidecar else motion_encoder(job.motion_tag, job.landmarker, job.motion_extractor, job.device)
     flame = flame_encoder(job.flame_encoder, job.flame_tag, job.device) if job.flame_encoder else None
-    return _Clip(job, info, sidecar, sound, track, plan_crop(track), audio, motion, flame)
+    codec = video_codec_in(job.video_codec, job.device)
+    return _Clip(job, info, sidecar, sound, track, plan_crop(track), audio, motion, flame, codec)
 
 
 def _samples(clip: _Clip) -> Iterator[ClipSample]:
@@ -177,18 +180,17 @@ def _sample(clip: _Clip, window: Window, crops: Pixels) -> ClipSample:
     motion = _motion(clip, window, crops, faces)
     flame = None if clip.flame is None else features.flame_parameters(clip.flame, crops, faces)
     pixels = np.stack([resize(picture, job.size) for picture in crops])
-    codec = video_codec(VIDEO_TAG)
     return ClipSample(
         key=f"{job.key}-w{window.index:04d}",
         identity=job.identity,
-        video=features.video_latents(codec, pixels).data,
-        reference=features.reference_latent(codec, pixels).data,
+        video=features.video_latents(clip.codec, pixels).data,
+        reference=features.reference_latent(clip.codec, pixels).data,
         struct=motion.data,
         audio=features.audio_window(clip.audio, window).data,
         voiced=features.voiced_frames(clip.sound.wave, window),
         flame=None if flame is None else flame.data,
         flame_valid=None if flame is None else flame.valid,
-        text=None,
+        text=caption_embedding(job.caption).data if job.caption else None,
         meta=_meta(clip, window, motion.tag, flame),
     )
 
@@ -226,12 +228,16 @@ def _meta(clip: _Clip, window: Window, motion_tag: str, flame: features.Extracte
         "first_pixel_frame": window.start,
         "file": {"codec": info.codec, "width": info.width, "height": info.height, "fps": round(info.rate, 4)},
         "crop": {"tag": clip.crop.tag, "faces": clip.track.tag, "boxes": boxes.round(1).tolist()},
-        "tags": {"video": VIDEO_TAG, "motion": motion_tag, "audio": clip.audio.tag},
+        "tags": {"video": clip.codec.tag, "motion": motion_tag, "audio": clip.audio.tag},
         "checks": quality.report(clip.track, clip.sound),
     }
     if flame is not None:
         meta["tags"]["flame"] = flame.tag
         meta["checks"]["flame_valid"] = round(float(flame.valid.float().mean()), 4)
+    if clip.job.caption is not None:
+        meta["tags"]["text"], meta["caption"] = clip.job.caption.tag, clip.job.caption.text
+    if coded := clip.codec.coded(clip.job.size, clip.job.size):
+        meta["coded"] = coded
     if clip.sidecar is not None:
         meta |= {"licence": clip.sidecar.licence, "audio_offset_s": clip.sidecar.audio_offset}
     return meta

@@ -136,7 +136,8 @@ FREE_ON_RESUME = frozenset(
     f"train.{name}" for name in ("stop_at", "log_every", "save_every", "validate_every", "image_every")
 ) | {
     "data.prefetch", "data.workers", "data.allow_new_shards", "parallel.recompute", "parallel.graphs",
-    "data.shards", "deepspeed",  # where files lie; what is in them is compared (of the shards by their hash)
+    # Where files lie; what is in them is compared (of the shards by their hash).
+    "data.shards", "data.video_codec", "deepspeed",
 }  # fmt: skip
 
 

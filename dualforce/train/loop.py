@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,11 +15,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dualforce.codecs.registry import video_codec
+from dualforce.codecs.protocols import VideoCodec
 from dualforce.data.loader import StepLoader
 from dualforce.train.checkpoint import SavedState, save
 from dualforce.train.damage import DamageReport
 from dualforce.train.metrics import RunLog, StepMetrics
+from dualforce.train.sample_frames import sample_picture
 from dualforce.train.step import PreparedStep, StepContext, train_step
 from dualforce.train.validate import HeldOut, sample_frames, validate
 
@@ -36,7 +37,7 @@ class Job:
     held_out: HeldOut | None
     log: RunLog
     run_dir: Path
-    video_tag: str
+    sample_codec: Callable[[], VideoCodec] | None  # None: no sample frames are shown
     state: SavedState  # of step 0
     tokens_per_frame: int  # of both towers
 
@@ -126,16 +127,18 @@ def _validate(job: Job, step: int) -> None:
 
 def _images(job: Job, step: int) -> None:
     """Rows: clean, noised, denoised in one step; columns: the middle pixel frame and the last of the first clip."""
-    if job.held_out is None:
+    if job.held_out is None or job.sample_codec is None:
         return
     latents = sample_frames(job.engine, job.held_out, job.context)
     if not job.main:
         return
-    codec, rows = video_codec(job.video_tag), []
-    for name in ("clean", "noised", "denoised"):
-        pixels = torch.as_tensor(codec.decode(job.held_out.statistics.denormalise_video(latents[name].cpu())))
-        rows.append(torch.cat((pixels[len(pixels) // 2], pixels[-1]), dim=1))
-    job.log.image("validation/frames", step, torch.cat(rows, dim=0))
+    rows = {name: latents[name] for name in ("clean", "noised", "denoised")}
+    try:
+        picture = sample_picture(job.sample_codec(), job.held_out.statistics, rows)
+    except torch.OutOfMemoryError:  # a picture less is no reason to end a run
+        logger.warning("step %d: no sample frames: too little memory is free on the GPU to decode them", step)
+        return
+    job.log.image("validation/frames", step, picture)
 
 
 def _progress(visible: bool) -> Progress:

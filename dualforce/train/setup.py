@@ -26,6 +26,7 @@ from dualforce.train.engine import build_engine, compute_dtype, deepspeed_config
 from dualforce.train.gather_unit import layouts_of
 from dualforce.train.loop import Job
 from dualforce.train.metrics import RunLog
+from dualforce.train.sample_frames import sample_codec
 from dualforce.train.step import StepContext, prepare_step
 from dualforce.train.train_module import TrainModule
 from dualforce.train.validate import HeldOut
@@ -111,6 +112,7 @@ def prepare_job(
         return TrainModule(model, run.loss, kernels, flame and flame["width"], place)
 
     video = shards.manifest["extractors"]["video"]
+    show = sample_codec(video["tag"], run.data.video_codec, grid.device)
     engine = build_engine(build, config, grid, run.parallel.recompute, with_graphs(run, kernels))
     stage = config.get("zero_optimization", {}).get("stage", 0)
     blank = SavedState(
@@ -146,7 +148,7 @@ def prepare_job(
         held_out=_held_out(shards, statistics, model),
         log=RunLog(out, grid.rank == 0, start if resume else None),
         run_dir=out,
-        video_tag=video["tag"],
+        sample_codec=show,
         state=blank,
         tokens_per_frame=video["height"] * video["width"] // model.video.patch**2 + STRUCT_TOKENS,
     )

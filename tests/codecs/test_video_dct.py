@@ -86,9 +86,10 @@ def test_first_frame_is_independent() -> None:
 def test_decoding_in_pieces_equals_decoding_at_once() -> None:
     codec = DctVideoCodec()
     latents = codec.encode(textured(17, 32))
-    pieces = [codec.decode_frames(latents[:1], True), codec.decode_frames(latents[1:3], False)]
-    pieces.append(codec.decode_frames(latents[3:], False))
-    assert np.array_equal(np.concatenate(pieces), codec.decode(latents))
+    for lengths in ((1, 2, 2), (2, 3), (0, 1, 4)):
+        decoder = codec.decoder()
+        pieces = [decoder.decode(part) for part in latents.split(lengths)]
+        assert np.array_equal(np.concatenate(pieces), codec.decode(latents))
 
 
 @pytest.mark.parametrize(

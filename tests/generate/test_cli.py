@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import sys
 import wave
 from collections.abc import Callable
@@ -14,10 +16,15 @@ import pytest
 import torch
 from helpers.model_folder import MOTION_NAMES, SIZE, run_config, write_model_folder
 from helpers.random_model import random_model
+from helpers.tiny_umt5 import write_umt5
+from helpers.wan_vae import write_wan_vae
 from safetensors.torch import save_file
 
 from dualforce import cli
-from dualforce.codecs.media import probe, read_video, write_video
+from dualforce.codecs.audio_logmel import WIDTH as AUDIO_WIDTH
+from dualforce.codecs.media import probe, read_image, read_video, write_video
+from dualforce.codecs.text_umt5 import Umt5Text, padded
+from dualforce.codecs.video_wan import WanVideoCodec
 from dualforce.types import SAMPLE_RATE
 from dualforce.weights.load import load_model
 
@@ -145,6 +152,100 @@ def test_text_embedding_is_read(shop: Path, tmp_path: Path, run: Run) -> None:
     assert not np.array_equal(videos[0], videos[1]) and not np.array_equal(videos[1], videos[2])
 
 
+@pytest.fixture(scope="module")
+def wan_shop(shop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a model that was trained on latents of a Wan VAE, and VAEs: `vae`, its own, and `other`."""
+    pytest.importorskip("diffusers")
+    folder = tmp_path_factory.mktemp("wan") / "shop"
+    shutil.copytree(shop, folder, ignore=shutil.ignore_patterns("model"))
+    write_wan_vae(folder / "vae")
+    write_wan_vae(folder / "other", seed=1)
+    extractors = run_config(random_model(len(MOTION_NAMES), AUDIO_WIDTH, seed=3))["extractors"]
+    extractors["video"]["tag"] = WanVideoCodec(folder / "vae").tag
+    write_model_folder(folder / "model", extractors=extractors)
+    return folder
+
+
+def test_a_model_of_wan_latents_shows_its_picture_first(wan_shop: Path, tmp_path: Path, run: Run) -> None:
+    code, err = run(*arguments(wan_shop, tmp_path / "v.mp4", seconds=0.4, video_codec=wan_shop / "vae"))
+    assert code == 0, err
+    made, codec = read_video(tmp_path / "v.mp4").frames, WanVideoCodec(wan_shop / "vae")
+    assert made.shape == (10, SIZE, SIZE, 3)
+    through = codec.decode(codec.encode_image(read_image(wan_shop / "face.ppm"))[None])[0].astype(float)
+    likeness = [np.corrcoef(picture.ravel(), through.ravel())[0, 1] for picture in made.astype(float)]
+    assert likeness[0] > 0.6 > 2 * likeness[-1], likeness  # H.264 between them; later ones start from noise
+
+
+WRONG_CODEC = {
+    "none": (None, r"video codec 'wan2\.1-.*': needs --video-codec DIR"),
+    "other": ("other", r"video codec in .*other: is 'wan2\.1-.*': expected 'wan2\.1-"),
+    "gone": ("gone", r"config\.json: no such file"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_CODEC)
+def test_another_video_codec_is_one_line(wan_shop: Path, tmp_path: Path, run: Run, case: str) -> None:
+    name, message = WRONG_CODEC[case]
+    code, err = run(*arguments(wan_shop, tmp_path / "v.mp4", video_codec=name and wan_shop / name))
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(errors) == 1 and re.search(message, errors[0]), err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def text_shop(shop: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a model that was trained with texts of the umT5 in `umt5`."""
+    pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("text") / "shop"
+    shutil.copytree(shop, folder, ignore=shutil.ignore_patterns("model"))
+    write_umt5(folder / "umt5")
+    write_umt5(folder / "other", seed=1)
+    extractors = run_config(random_model(len(MOTION_NAMES), AUDIO_WIDTH, seed=3))["extractors"]
+    write_model_folder(
+        folder / "model", extractors=extractors | {"text": {"tag": Umt5Text(folder / "umt5").tag, "width": 64}}
+    )
+    return folder
+
+
+def test_words_are_what_their_embedding_is(text_shop: Path, tmp_path: Path, run: Run) -> None:
+    words = "a man laughs"
+    embedding = padded(Umt5Text(text_shop / "umt5").encode(words)).half()
+    save_file({"text": embedding}, tmp_path / "text.safetensors")
+    videos = {}
+    for name, changes in {
+        "plain": {}, "file": {"text_embedding": tmp_path / "text.safetensors"},
+        "words": {"text": f" {words}\n", "text_encoder": text_shop / "umt5"},
+        "guided": {"text": words, "text_encoder": text_shop / "umt5", "cfg_text": 50.0},
+    }.items():  # fmt: skip
+        code, err = run(*arguments(text_shop, tmp_path / f"{name}.mp4", seconds=0.4, **changes))
+        assert code == 0, err
+        videos[name] = read_video(tmp_path / f"{name}.mp4").frames
+    assert np.array_equal(videos["file"], videos["words"])
+    assert not np.array_equal(videos["plain"], videos["words"])
+    assert not np.array_equal(videos["guided"], videos["words"])
+
+
+BAD_TEXT: dict[str, tuple[Callable[[Path], dict[str, Any]], str]] = {
+    "no-encoder": (lambda shop: {"text": "a"}, r"--text: needs --text-encoder DIR, the folder of the model 'umt5-64-"),
+    "other": (lambda shop: {"text": "a", "text_encoder": shop / "other"}, r"other: is 'umt5-.*': expected 'umt5-64-"),
+    "blank": (lambda shop: {"text": " ", "text_encoder": shop / "umt5"}, r"--text ' ': expected words"),
+    "no-text": (lambda shop: {"text_encoder": shop / "umt5"}, r"umt5: not used: expected --text TEXT with it"),
+    "both": (
+        lambda shop: {"text": "a", "text_encoder": shop / "umt5", "text_embedding": shop / "x.safetensors"},
+        r"--text and --text-embedding: expected one of them",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TEXT)
+def test_bad_texts_are_one_line(text_shop: Path, tmp_path: Path, run: Run, case: str) -> None:
+    change, message = BAD_TEXT[case]
+    code, err = run(*arguments(text_shop, tmp_path / "v.mp4", **change(text_shop)))
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(errors) == 1 and re.search(message, errors[0]), err
+    assert not list(tmp_path.iterdir())
+
+
 def bad_motion_tag(shop: Path, work: Path) -> dict[str, Any]:
     return {"motion": write_motion(work / "m.json", 1, tag="other-v1")}
 
@@ -214,10 +315,12 @@ BAD: dict[str, tuple[Callable[[Path, Path], dict[str, Any]], str]] = {
     "text-width": (narrow_text, "text of shape [2, 3]: expected finite [E,64]"),
     "text-name": (text_of_another_name, "tensors ['words']: expected one called 'text'"),
     "absent-text": (absent("text_embedding", "x.safetensors"), "--text-embedding"),
-    "cfg-text": (option(cfg_text=2.0), "--cfg-text 2.0: needs --text-embedding FILE"),
+    "cfg-text": (option(cfg_text=2.0), "--cfg-text 2.0: needs --text TEXT or --text-embedding FILE"),
     "steps": (option(steps=0), "--steps 0: expected at least 1"),
     "window": (option(window=0), "--window 0: expected at least 1"),
     "device": (option(device="abacus"), "--device abacus: expected auto, cpu, cuda"),
+    "text-untrained": (option(text="a man", text_encoder="x"), "--text: this model was trained without texts"),
+    "video-codec": (absent("video_codec", "vae"), "vae: not used: expected none, as the video codec is 'dct"),
     "out": (lambda shop, work: {"out": work / "v.avi"}, "v.avi: expected a name that ends in .mp4"),
 }
 
