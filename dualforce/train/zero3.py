@@ -13,6 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# How many reductions and gathers may be under way before DeepSpeed makes the host wait for the oldest (2 of each as
+# shipped): two of either are a layer. The host is then far enough ahead that the device has work while the losses, whose
+# launches are many and short, and the optimizer's step are prepared.
+REDUCTIONS_AHEAD, GATHERS_AHEAD = 8, 6
+GATHERS = "_PartitionedParameterCoordinator__max_ongoing_fetch_events"
+
 
 def lean_step(engine: Any) -> None:
     """Give the engine's ZeRO-3 optimizer this module's step, where its gradients stay on the device; on CUDA the host
@@ -28,6 +34,8 @@ def lean_step(engine: Any) -> None:
         optimizer.__class__ = type("LeanZero3", (_LeanStep, type(optimizer)), {})
         if isinstance(optimizer.reduce_and_partition_stream, torch.cuda.Stream):
             optimizer.reduce_and_partition_stream = WaitedStream()
+            optimizer.max_param_reduce_events = REDUCTIONS_AHEAD
+            setattr(optimizer.parameter_offload.get_param_coordinator(), GATHERS, GATHERS_AHEAD)
 
 
 def fill_sizes(config: dict[str, Any], units: list[int]) -> dict[str, Any]:
