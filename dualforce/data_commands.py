@@ -19,6 +19,7 @@ from rich.text import Text
 from data_shards import check, describe, edit
 from data_shards.reader import ShardSet
 from data_shards.schema import SPLITS, ShardError
+from dualforce.preprocess.reasons import part_of
 
 DAMAGED = 1  # exit code: the set was read, and something is wrong with it
 INTERRUPTED = 130
@@ -60,6 +61,7 @@ def build(
         Path | None,
         typer.Option(help="folder or .onnx file of insightface's face detector; without one, MediaPipe finds faces"),
     ] = None,
+    limits: Annotated[Path | None, typer.Option(help="JSON file of what is asked of a video: docs/data.md")] = None,
     identities: Annotated[
         Path | None, typer.Option(help="JSON object: who is in which video (path below SRC, without ending)")
     ] = None,
@@ -74,10 +76,13 @@ def build(
 ) -> None:
     """Make a shard set of a folder of videos. A build that was stopped goes on when it is started again."""
     from dualforce.preprocess.build import BuildOptions, build_shards  # the only command that computes
+    from dualforce.preprocess.limits_file import read_limits
+    from dualforce.preprocess.quality import Limits
 
     places = tuple(name.strip() for name in devices.split(",") if name.strip())
     options = BuildOptions(
         size=size, face_landmarker=face_landmarker, audio_encoder=audio_encoder, identities=identities,
+        limits=Limits() if limits is None else read_limits(limits),
         video_codec=video_codec, text_encoder=text_encoder, captions=captions,
         motion_extractor=motion_extractor, flame_encoder=flame_encoder, face_detector=face_detector,
         workers=max(2, len(places)) if workers is None else workers, devices=places, validation_share=validation_share,
@@ -220,10 +225,10 @@ def _show_rejected(rejected: list[dict[str, Any]], out: Path, console: Console) 
     if not rejected:
         return
     table = Table(title="Rejected", title_justify="left")
-    for title in ("video", "window", "reason", "detail"):
+    for title in ("video", "part", "reason", "detail"):
         table.add_column(title, overflow="fold")
     for entry in rejected[:SHOWN]:
-        row = (entry["source"], str(entry.get("window", "all")), entry["reason"], entry["detail"])
+        row = (entry["source"], part_of(entry), entry["reason"], entry["detail"])
         table.add_row(*(Text(cell) for cell in row))
     console.print(table)
     if len(rejected) > SHOWN:

@@ -39,7 +39,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 }
 
 # Optional packages: imported in one file each, inside a function.
-OPTIONAL = ("av", "mediapipe", "soundfile", "transformers", "diffusers", "cv2", "insightface", "flash_attn")
+OPTIONAL = (
+    "av", "mediapipe", "soundfile", "transformers", "diffusers", "cv2", "insightface", "flash_attn", "scenedetect",
+    "silero_vad",
+)  # fmt: skip
 CONTRACT_NEEDS = {"numpy", "torch", "safetensors", "webdataset", "data_shards"}
 READS_PICKLES = {"dualforce/train/checkpoint.py", "dualforce/codecs/checkpoint_file.py"}
 READS_ENVIRONMENT = {"dualforce/launch.py", "tools/launch_local.py"}

@@ -5,6 +5,7 @@ The model file (`face_landmarker.task`, Apache-2.0) is given by path and never d
 
 from __future__ import annotations
 
+import hashlib
 import zipfile
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +34,7 @@ class FaceLandmarkerModel:
     and up to `max_faces` are found. Use as a context manager, or call `close`."""
 
     tag = TAG
+    package = "mediapipe"
 
     def __init__(self, model: Path, *, video: bool, max_faces: int = 1) -> None:
         check_model_file(model)
@@ -54,6 +56,7 @@ class FaceLandmarkerModel:
             cause = str(error).splitlines()[0]
             raise CodecError(f"{model}: not a usable face landmark model: {cause}") from error
         self._video = video
+        self.weights = hashlib.sha256(model.read_bytes()).hexdigest()
 
     def faces(self, picture: Pixels, milliseconds: int = 0) -> list[Face]:
         """Faces in a picture [H,W,3] uint8, largest first; of a video model's frames `milliseconds` must increase."""

@@ -62,6 +62,8 @@ class RetinaFaceModel:
     """A loaded detector. `weights` is the SHA-256 of its file, `tag` names it. Pictures are looked at one by one: the
     published files have a batch of 1. Use as a context manager, or call `close`."""
 
+    package = "insightface"
+
     def __init__(self, path: Path, device: str = "cpu") -> None:
         """`path`: the ONNX file, or a folder with one detector in it. `device`: "cpu", "cuda" or "cuda:N".
 

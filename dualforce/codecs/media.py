@@ -22,6 +22,13 @@ from dualforce.codecs.media_clock import ClockError, PlacedSound, Timed, pixel_f
 from dualforce.codecs.protocols import Pixels, Wave
 from dualforce.types import FPS, SAMPLE_RATE
 
+MAX_PIXELS = 2**26  # of a picture: twice 8K. More is refused before memory is taken for it
+# Kinds of files that are read. All hold what they show: playlists and lists of other files, which FFmpeg opens too
+# (hls, concat, dash, sdp ...), would let a file name what else is read.
+READ_FORMATS = (
+    "3g2,3gp,aac,ac3,aiff,asf,avi,bmp_pipe,eac3,flac,flv,gif,image2,ivf,jpeg_pipe,m4a,matroska,mj2,mov,mp3,mp4,mpeg,"
+    "mpegts,mpegvideo,ogg,png_pipe,w64,wav,webm,webp_pipe"
+)
 MAX_JITTER = Fraction(1, 50)  # seconds a sound block may lie off the running clock before it counts as a hole
 
 
@@ -183,7 +190,7 @@ def opened(path: Path, mode: Literal["r", "w"] = "r", name: Path | None = None) 
     except ImportError as error:
         raise MediaError(name or path, "PyAV is not installed: pip install 'dualforce[data]'") from error
     try:
-        with av.open(str(path), mode, format="mp4" if mode == "w" else None) as container:
+        with _container(path, mode) as container:
             yield container
     except MediaError:
         raise
@@ -194,12 +201,23 @@ def opened(path: Path, mode: Literal["r", "w"] = "r", name: Path | None = None) 
         raise MediaError(name or path, f"cannot {'write' if mode == 'w' else 'decode'}: {cause}") from error
 
 
+def _container(path: Path, mode: Literal["r", "w"]) -> Any:
+    import av
+
+    # "file:" because FFmpeg takes a name like "concat:x.mp4" or "pipe:0" for a protocol. No pattern of names, either.
+    name = f"file:{path}"
+    if mode == "w":
+        return av.open(name, "w", format="mp4")
+    return av.open(name, options={"format_whitelist": READ_FORMATS, "pattern_type": "none"})
+
+
 def _stream(container: Any, kind: str, path: Path) -> Any:
     stream = container.streams.best(kind)
     if stream is None:
         raise MediaError(path, f"no {kind} stream")
     if kind == "video":
         stream.thread_type = "AUTO"
+        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
     return stream
 
 
@@ -241,25 +259,53 @@ def _upright(frame: Any, size: tuple[int, int]) -> Pixels:
 
 def _sound_blocks(container: Any, stream: Any) -> list[tuple[Fraction, Wave]]:
     """Runs of sound without a hole: (file time of the first sample, 16 kHz mono samples)."""
-    import av
-
     blocks: list[tuple[Fraction, list[Wave]]] = []
-    resampler: Any = None
+    mixer: _Mixer | None = None
     expected = Fraction(0)
     for frame in container.decode(stream):
         stamp = _time(frame)
         time = expected if stamp is None else stamp
-        if resampler is None or abs(time - expected) > MAX_JITTER:
-            if resampler is not None:
-                blocks[-1][1].extend(out.to_ndarray()[0] for out in resampler.resample(None))
-            resampler = av.AudioResampler("flt", "mono", SAMPLE_RATE)
+        if mixer is None or abs(time - expected) > MAX_JITTER or not mixer.fits(frame):
+            if mixer is not None:
+                blocks[-1][1].extend(mixer.mix(None))
+            mixer = _Mixer(frame)
             blocks.append((time, []))
             expected = time
         expected += Fraction(frame.samples, frame.sample_rate)
-        blocks[-1][1].extend(out.to_ndarray()[0] for out in resampler.resample(frame))
-    if resampler is not None:
-        blocks[-1][1].extend(out.to_ndarray()[0] for out in resampler.resample(None))
+        blocks[-1][1].extend(mixer.mix(frame))
+    if mixer is not None:
+        blocks[-1][1].extend(mixer.mix(None))
     return [(time, np.concatenate(parts)) for time, parts in blocks if parts]
+
+
+class _Mixer:
+    """Resamples sound of one kind to 16 kHz mono: the mean of its channels, weighted as FFmpeg does.
+
+    FFmpeg's own weights for float sound add up to more than 1 (1.41 for stereo, 3.41 for 5.1), so that a voice in all
+    channels would be louder the more of them there are, and beyond full scale. They are measured and divided out.
+    """
+
+    def __init__(self, frame: Any) -> None:
+        import av
+
+        self._kind = _sound_kind(frame)
+        self._resampler = av.AudioResampler("flt", "mono", SAMPLE_RATE)
+        ones = np.ones((1, 64 * frame.layout.nb_channels), np.float32)
+        probe = av.AudioFrame.from_ndarray(ones, "flt", frame.layout.name)
+        probe.sample_rate = SAMPLE_RATE
+        self._sum = float(av.AudioResampler("flt", "mono", SAMPLE_RATE).resample(probe)[0].to_ndarray()[0, 0])
+
+    def fits(self, frame: Any) -> bool:
+        """Whether a frame is of the kind that this mixer was made for."""
+        return self._kind == _sound_kind(frame)
+
+    def mix(self, frame: Any | None) -> list[Wave]:
+        """What comes out for a frame; None: what is left at the end."""
+        return [out.to_ndarray()[0] / np.float32(self._sum) for out in self._resampler.resample(frame)]
+
+
+def _sound_kind(frame: Any) -> tuple[str, str, int]:
+    return frame.format.name, frame.layout.name, frame.sample_rate
 
 
 def _encode(container: Any, path: Path, frames: Iterator[Pixels], wave: Wave | None, crf: int) -> int:

@@ -51,9 +51,9 @@ class Sidecar:
 def find_sidecar(video: Path) -> Path | None:
     """The sidecar beside a video, or None. Another program's JSON of that name is none of ours and is left alone."""
     path = video.with_suffix(".json")
-    if not path.is_file():
-        return None
     try:
+        if not path.is_file():  # raises OSError where the name has become too long
+            return None
         head = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None

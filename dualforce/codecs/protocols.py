@@ -106,9 +106,12 @@ class FoundFace(Protocol):
 
 
 class FaceFinder(Protocol):
-    """Faces in a picture [H,W,3] uint8 RGB, each picture by itself, the longest box side first."""
+    """Faces in a picture [H,W,3] uint8 RGB, each picture by itself, the longest box side first. `package` is the one it
+    runs in, `weights` the SHA-256 of its file."""
 
     tag: str
+    package: str
+    weights: str
 
     def faces(self, picture: Pixels) -> Sequence[FoundFace]: ...
 

@@ -3,10 +3,12 @@ how often the build was killed and started again."""
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,9 @@ class BuildOptions:
 
     def check(self) -> None:
         """Raise BuildError for a value that cannot work."""
+        for package in ("av", "scenedetect", "silero_vad"):
+            if importlib.util.find_spec(package) is None:
+                raise BuildError(f"{package} is not installed: pip install 'dualforce[data]'")
         edge = 2 * VIDEO_STRIDE
         if self.size < edge or self.size % edge:
             raise BuildError(f"--size {self.size}: expected a multiple of {edge}, as latents are patched by 2")
@@ -328,7 +333,8 @@ def _run(tasks: list[Task], rejected: list[dict[str, Any]], options: BuildOption
         found[result.id] = result
     entries = [Entry(task.job, found[task.id], task.id in earlier) for task in tasks]
     named = ({**rejected, "source": entry.job.source} for entry in entries for rejected in entry.result.rejected)
-    order = sorted([*rejected, *named], key=lambda entry: (entry["source"], entry.get("window", -1)))
+    place = itemgetter("source", "scene", "window")
+    order = sorted([*rejected, *named], key=lambda entry: place({"scene": -1, "window": -1, **entry}))
     return Results(entries, order)
 
 

@@ -1,13 +1,13 @@
-"""Stage 2: one stable square crop around the face, for every pixel frame.
+"""Stage 4: one stable square crop around the face, for every pixel frame.
 
 Where the face hardly moves the crop stands still, so that the background does too; where it does, the crop follows it
 smoothly. It is wide enough at every tracked frame to hold the whole face. Between tracked frames boxes are
-interpolated; a jump of the face is a cut, and the parts before and after it have crops of their own.
+interpolated. Each scene has a crop of its own, and so have the parts before and after a jump of the face within one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from dualforce.codecs.face_box import Pixels, face_squares, square_boxes, square_crop
 from dualforce.codecs.media import iter_frames
 from dualforce.preprocess.face_track import FaceTrack
+from dualforce.preprocess.scenes import Scene
 from dualforce.types import FPS
 
 TAG = "face-square-v1"
@@ -31,26 +32,37 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class CropTrack:
-    """Squares [P,3] float64 (centre x, centre y, side) in source pixels, one per pixel frame. Each cut (a, b) lies
-    after pixel frame a and not after pixel frame b."""
+    """Squares [P,3] float64 (centre x, centre y, side) in source pixels, one per pixel frame, NaN outside the scenes
+    that were planned. In each of `cuts` (a, b) the face jumps within a scene, after pixel frame a and not after b."""
 
     tag: str
     squares: Floats
     cuts: tuple[tuple[int, int], ...]
 
 
-def plan_crop(track: FaceTrack) -> CropTrack:
-    """The crop of every pixel frame of a track in which a face was found at least once."""
+def plan_crop(track: FaceTrack, scenes: Iterable[Scene]) -> CropTrack:
+    """The crop of every pixel frame of the scenes; in each of them a face was found at least once."""
+    squares = np.full((track.frames, 3), np.nan)
+    cuts: list[tuple[int, int]] = []
+    for scene in scenes:
+        part, jumps = _plan_scene(track.within(scene.start, scene.stop), scene)
+        squares[scene.start : scene.stop] = part
+        cuts += jumps
+    return CropTrack(TAG, squares, tuple(cuts))
+
+
+def _plan_scene(track: FaceTrack, scene: Scene) -> tuple[Floats, list[tuple[int, int]]]:
+    """Squares of a scene's pixel frames, and the jumps of the face in it."""
     times, boxes = track.times[track.found], track.boxes[track.found]
     after = _cuts(boxes)
-    cuts = tuple((int(times[i]), int(times[i + 1])) for i in after)
+    cuts = [(int(times[i]), int(times[i + 1])) for i in after]
     edges = [0, *(i + 1 for i in after), len(times)]
-    bounds = [0, *(b for _, b in cuts), track.frames]
+    bounds = [scene.start, *(b for _, b in cuts), scene.stop]
     parts = [
         _smooth(np.arange(bounds[n], bounds[n + 1]), times[edges[n] : edges[n + 1]], boxes[edges[n] : edges[n + 1]])
         for n in range(len(edges) - 1)
     ]
-    return CropTrack(TAG, np.concatenate(parts), cuts)
+    return np.concatenate(parts), cuts
 
 
 def crop_frames(video: Path, crop: CropTrack, spans: list[range], size: int) -> Iterator[tuple[int, Pixels]]:

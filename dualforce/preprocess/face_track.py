@@ -1,17 +1,21 @@
-"""Stage 1: where the face is, about five times a second of the source video."""
+"""Stage 3: where the face is and how far it is turned, about five times a second of the source video."""
 
 from __future__ import annotations
 
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dualforce.codecs.face_landmarker import Face
 from dualforce.codecs.media import iter_frames, probe
+from dualforce.codecs.motion_landmarker import euler_degrees
 from dualforce.codecs.motion_sidecar import Sidecar
 from dualforce.codecs.protocols import FaceFinder, FoundFace
+from dualforce.preprocess.finder import Finder
 from dualforce.preprocess.reasons import Reason, Rejected
 
 TRACK_STEP = 5  # pixel frames between two looks: 5 Hz
@@ -24,44 +28,61 @@ class FaceTrack:
     """Faces seen at pixel frames `times` [T] int64 of a video of `frames` pixel frames.
 
     `boxes` [T,4] float64 (x0, y0, x1, y1) in source pixels, NaN where no face was found; `rivals` [T] bool: another
-    face of comparable size was there too. `tag` names the finder.
+    face of comparable size was there too; `yaw` [T] float64 in degrees, NaN where it is not known.
     """
 
-    tag: str
+    finder: Finder
     frames: int
     times: NDArray[np.int64]
     boxes: NDArray[np.float64]
     rivals: NDArray[np.bool_]
+    yaw: NDArray[np.float64]
 
     @property
     def found(self) -> NDArray[np.bool_]:
         return np.isfinite(self.boxes[:, 0])
 
+    def within(self, start: int, stop: int) -> FaceTrack:
+        """What was seen at pixel frames [start, stop)."""
+        here = (self.times >= start) & (self.times < stop)
+        parts = {name: getattr(self, name)[here] for name in ("times", "boxes", "rivals", "yaw")}
+        return replace(self, **parts)
+
 
 def track_faces(video: Path, finder: FaceFinder) -> FaceTrack:
-    """Find the largest face in every fifth pixel frame and the last one, and close the finder. Raises MediaError,
-    CodecError."""
+    """Find the largest face in every fifth pixel frame and the last one, each picture by itself: nothing is carried
+    over a cut. The finder is closed. How far a head is turned is known where the finder is MediaPipe's landmarker.
+    Raises MediaError, CodecError."""
     width = probe(video).width
     times: list[int] = []
     boxes: list[NDArray[np.float64]] = []
     rivals: list[bool] = []
+    yaw: list[float] = []
     with closing(finder):
         for index, picture in iter_frames(video, max_side=TRACK_SIDE, step=TRACK_STEP, last=True):
             faces = finder.faces(picture)
             times.append(index)
             boxes.append(faces[0].box * (width / picture.shape[1]) if faces else np.full(4, np.nan))
             rivals.append(len(faces) > 1 and _side(faces[1]) >= RIVAL_SHARE * _side(faces[0]))
-    return FaceTrack(finder.tag, times[-1] + 1, np.array(times), np.array(boxes), np.array(rivals))
+            yaw.append(_yaw(faces[0]) if faces else np.nan)
+    found = Finder(finder.tag, version(finder.package), finder.weights)
+    frames = times[-1] + 1
+    return FaceTrack(found, frames, np.array(times), np.array(boxes), np.array(rivals), np.array(yaw))
 
 
-def track_sidecar(video: Path, sidecar: Sidecar) -> FaceTrack:
-    """The face boxes that a rendered clip carries, one per pixel frame. Raises MediaError, and Rejected when the clip
-    has another number of pixel frames."""
-    *_, (last, _) = iter_frames(video, step=10**9, last=True)
+def track_sidecar(frames: int, sidecar: Sidecar) -> FaceTrack:
+    """The face boxes that a rendered clip carries, one per pixel frame. Raises Rejected when the clip has another
+    number of pixel frames."""
     rows = len(sidecar.face_boxes)
-    if rows != last + 1:
-        raise Rejected(Reason.E_SIDECAR, f"motion.values: {rows} rows: expected {last + 1}, the video's pixel frames")
-    return FaceTrack(sidecar.motion.tag, rows, np.arange(rows), sidecar.face_boxes, np.zeros(rows, np.bool_))
+    if rows != frames:
+        raise Rejected(Reason.E_SIDECAR, f"motion.values: {rows} rows: expected {frames}, the video's pixel frames")
+    unknown = np.full(rows, np.nan)
+    finder = Finder(sidecar.motion.tag)
+    return FaceTrack(finder, rows, np.arange(rows), sidecar.face_boxes, np.zeros(rows, np.bool_), unknown)
+
+
+def _yaw(face: FoundFace) -> float:
+    return float(euler_degrees(face.matrix)[1]) if isinstance(face, Face) else np.nan
 
 
 def _side(face: FoundFace) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from pathlib import Path
 
 # fmt: off
@@ -16,7 +17,8 @@ VIDEO_SUFFIXES = frozenset((
 
 def find_videos(folder: Path) -> list[Path]:
     """Video files under a folder by suffix, hidden files and folders left out, in the order of their names. A link to a
-    file counts as the file; links to folders are not followed, so that a loop cannot arise. Raises NotADirectoryError.
+    file counts as the file, also a broken one; links to folders are not followed, so that a loop cannot arise. Pipes,
+    sockets and devices are no files: they are left out. Raises NotADirectoryError.
     """
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder}: no such folder: expected a folder of videos")
@@ -26,9 +28,19 @@ def find_videos(folder: Path) -> list[Path]:
         found += [
             Path(root) / name
             for name in files
-            if not name.startswith(".") and Path(name).suffix.lower() in VIDEO_SUFFIXES
+            if not name.startswith(".")
+            and Path(name).suffix.lower() in VIDEO_SUFFIXES
+            and not _is_special(Path(root) / name)
         ]
     return sorted(found, key=lambda path: name_of(path, folder))
+
+
+def _is_special(path: Path) -> bool:
+    """Whether a path leads to something that is neither a file nor a broken link: reading it could wait for ever."""
+    try:
+        return not stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        return False
 
 
 def name_of(path: Path, folder: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,12 @@ from dualforce.preprocess.face_crop import CropTrack, crop_frames, plan_crop
 from dualforce.preprocess.face_track import FaceTrack, track_faces, track_sidecar
 from dualforce.preprocess.quality import Limits
 from dualforce.preprocess.reasons import Reason, Rejected
+from dualforce.preprocess.scenes import Scene, Scenes, find_scenes
+from dualforce.preprocess.speech import SpeechTrack, find_speech
 from dualforce.preprocess.window_faces import boxes_in_crops, find_faces
 from dualforce.preprocess.windows import Window, check_window, plan_windows
+
+Rejections = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -74,19 +78,23 @@ class Outcome:
 
 @dataclass
 class _Clip:
-    """A video that passed the checks, with what its windows share."""
+    """A video that passed the checks, with what its windows share. `usable` are the scenes that passed."""
 
     job: Job
+    limits: Limits
     info: MediaInfo
     sidecar: Sidecar | None
     sound: PlacedSound
+    speech: SpeechTrack
+    scenes: Scenes
+    usable: list[Scene]
     track: FaceTrack
     crop: CropTrack
     audio: features.Extracted
     motion: MotionEncoder | None  # None: the sidecar's
     flame: FlameEncoder | None
     codec: VideoCodec
-    rejected: list[dict[str, Any]] = field(default_factory=list)
+    rejected: Rejections = field(default_factory=list)
 
     def reject(self, window: Window, error: Rejected) -> None:
         self.rejected.append(rejection(self.job.source, error.reason, error.detail, window.index))
@@ -131,49 +139,104 @@ def load_sample(stem: Path) -> ClipSample:
 
 
 def _prepare(job: Job) -> _Clip:
-    """The stages that look at the whole video: sound, face track, checks, crop, audio features."""
+    """The stages that look at the whole video: sound, speech, scenes, face track, checks, crop, audio features."""
     info = probe(job.video)
-    sound = quality.check_sound(read_sound(job.video, info.zero), job.limits)
-    sidecar = None
-    if job.sidecar is not None:
-        sidecar = read_sidecar(job.sidecar)
-        track = track_sidecar(job.video, sidecar)
+    sidecar = read_sidecar(job.sidecar) if job.sidecar is not None else None
+    limits = job.limits.for_rendered() if sidecar else job.limits
+    sound = quality.check_sound(read_sound(job.video, info.zero), limits)
+    scenes = find_scenes(job.video)
+    longest = max(scenes.parts, key=lambda scene: scene.length)
+    several = f" in the longest of {len(scenes.parts)} scenes" if len(scenes.parts) > 1 else ""
+    quality.check_length(longest, limits, several)
+    rejected: Rejections = []
+    long = _passing(job, scenes, scenes.parts, rejected, lambda scene: quality.check_length(scene, limits))
+    if sidecar is not None:
+        track = track_sidecar(scenes.frames, sidecar)
     if sidecar is None or job.face_detector is not None:
         track = track_faces(job.video, face_finder(job.face_detector, job.landmarker, job.device, job.face_tag))
-    quality.check_faces(track, job.size, job.limits)
-    audio = features.audio_track(audio_encoder_in(job.audio_encoder, job.device), sound.wave)
-    motion = None if sidecar else motion_encoder(job.motion_tag, job.landmarker, job.motion_extractor, job.device)
-    flame = flame_encoder(job.flame_encoder, job.flame_tag, job.device) if job.flame_encoder else None
-    codec = video_codec_in(job.video_codec, job.device)
-    return _Clip(job, info, sidecar, sound, track, plan_crop(track), audio, motion, flame, codec)
+    usable = _passing(
+        job, scenes, long, rejected,
+        lambda scene: quality.check_faces(track.within(scene.start, scene.stop), job.size, limits),
+    )  # fmt: skip
+    return _Clip(
+        job=job,
+        limits=limits,
+        info=info,
+        sidecar=sidecar,
+        sound=sound,
+        speech=find_speech(sound.wave),
+        scenes=scenes,
+        usable=usable,
+        track=track,
+        crop=plan_crop(track, usable),
+        audio=features.audio_track(audio_encoder_in(job.audio_encoder, job.device), sound.wave),
+        motion=None if sidecar else motion_encoder(job.motion_tag, job.landmarker, job.motion_extractor, job.device),
+        flame=flame_encoder(job.flame_encoder, job.flame_tag, job.device) if job.flame_encoder else None,
+        codec=video_codec_in(job.video_codec, job.device),
+        rejected=rejected,
+    )
+
+
+def _passing(
+    job: Job,
+    scenes: Scenes,
+    candidates: Iterable[Scene],
+    rejected: list[dict[str, Any]],
+    check: Callable[[Scene], None],
+) -> list[Scene]:
+    """The scenes that pass a check. What is wrong with the only scene of a video is wrong with the video: raises
+    Rejected; of several scenes each is rejected by itself."""
+    passed = []
+    for scene in candidates:
+        try:
+            check(scene)
+            passed.append(scene)
+        except Rejected as error:
+            if len(scenes.parts) == 1:
+                raise
+            entry = rejection(job.source, error.reason, f"{scene}: {error.detail}")
+            rejected.append({**entry, "scene": scene.index})
+    return passed
 
 
 def _samples(clip: _Clip) -> Iterator[ClipSample]:
     """The samples of the windows that hold up; the others go to `clip.rejected`."""
-    windows = []
-    for window in plan_windows(clip.track.frames, clip.job.limits.frames):
+    windows: list[Window] = []
+    figures: dict[int, dict[str, float]] = {}
+    for window in plan_windows(clip.usable):
         try:
             check_window(window, clip.sound, clip.crop.cuts)
-            quality.check_loudness(clip.sound.wave[window.samples], clip.job.limits.window_rms)
+            figures[window.index] = _window_figures(clip, window)
             windows.append(window)
         except Rejected as error:
             clip.reject(window, error)
     for window, crops in _window_crops(clip, windows):
         try:
-            yield _sample(clip, window, crops)
+            measured = figures[window.index] | quality.check_sharpness(crops, clip.limits)
+            yield _sample(clip, window, crops, measured)
         except Rejected as error:
             clip.reject(window, error)
 
 
+def _window_figures(clip: _Clip, window: Window) -> dict[str, float]:
+    """What is measured of a window before its pictures are cut out. Raises Rejected."""
+    return {
+        **quality.check_window_sound(clip.sound.wave[window.samples], clip.limits),
+        **quality.check_speech(clip.speech.share(window.samples), clip.limits),
+        **quality.check_yaw(clip.track.within(window.start, window.start + window.length), clip.limits),
+    }
+
+
 def _window_crops(clip: _Clip, windows: list[Window]) -> Iterator[tuple[Window, Pixels]]:
     """Crops [81,S,S,3] of one window after the other: one window of pictures is held at a time."""
-    size = clip.job.size if clip.sidecar else max(clip.job.size, motion_landmarker.CROP_SIZE)
+    looked_at = clip.sidecar is None or clip.limits.judge_rendered  # by an encoder or a check that needs more pixels
+    size = max(clip.job.size, motion_landmarker.CROP_SIZE) if looked_at else clip.job.size
     frames = crop_frames(clip.job.video, clip.crop, [window.frames for window in windows], size)
     for window in windows:
         yield window, np.stack([next(frames)[1] for _ in window.frames])
 
 
-def _sample(clip: _Clip, window: Window, crops: Pixels) -> ClipSample:
+def _sample(clip: _Clip, window: Window, crops: Pixels, measured: dict[str, float]) -> ClipSample:
     """Every stream of one window. Raises Rejected."""
     job = clip.job
     faces = _faces(clip, window, crops)
@@ -191,7 +254,7 @@ def _sample(clip: _Clip, window: Window, crops: Pixels) -> ClipSample:
         flame=None if flame is None else flame.data,
         flame_valid=None if flame is None else flame.valid,
         text=caption_embedding(job.caption).data if job.caption else None,
-        meta=_meta(clip, window, motion.tag, flame),
+        meta=_meta(clip, window, motion.tag, measured, flame),
     )
 
 
@@ -217,19 +280,28 @@ def _motion(clip: _Clip, window: Window, crops: Pixels, faces: Boxes) -> feature
     return features.picture_motion(clip.motion, crops)
 
 
-def _meta(clip: _Clip, window: Window, motion_tag: str, flame: features.ExtractedFlame | None) -> dict[str, Any]:
+def _meta(
+    clip: _Clip, window: Window, motion_tag: str, measured: dict[str, float], flame: features.ExtractedFlame | None
+) -> dict[str, Any]:
     """Where the sample comes from and how it was made; crop boxes (x0, y0, x1, y1) in source pixels per frame."""
     boxes = square_boxes(clip.crop.squares[window.start : window.start + window.length])
-    info = clip.info
+    info, scene = clip.info, clip.scenes.parts[window.scene]
+    seen = clip.track.within(scene.start, scene.stop)
     meta: dict[str, Any] = {
         "source": clip.job.source,
         "sha256": clip.job.sha256,
         "window": window.index,
         "first_pixel_frame": window.start,
+        "scene": {"index": scene.index, "of": len(clip.scenes.parts), "first": scene.start, "frames": scene.length},
         "file": {"codec": info.codec, "width": info.width, "height": info.height, "fps": round(info.rate, 4)},
-        "crop": {"tag": clip.crop.tag, "faces": clip.track.tag, "boxes": boxes.round(1).tolist()},
+        "crop": {"tag": clip.crop.tag, "boxes": boxes.round(1).tolist()},
         "tags": {"video": clip.codec.tag, "motion": motion_tag, "audio": clip.audio.tag},
-        "checks": quality.report(clip.track, clip.sound),
+        "finders": {
+            "scenes": clip.scenes.finder.entry(),
+            "faces": clip.track.finder.entry(),
+            "speech": clip.speech.finder.entry(),
+        },
+        "checks": quality.report(seen, clip.sound) | measured,
     }
     if flame is not None:
         meta["tags"]["flame"] = flame.tag
@@ -240,6 +312,7 @@ def _meta(clip: _Clip, window: Window, motion_tag: str, flame: features.Extracte
         meta["coded"] = coded
     if clip.sidecar is not None:
         meta |= {"licence": clip.sidecar.licence, "audio_offset_s": clip.sidecar.audio_offset}
+        meta["not_judged"] = [] if clip.limits.judge_rendered else list(quality.UNJUDGED)
     return meta
 
 

@@ -3,7 +3,9 @@ footage that must not be."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
+from typing import Any
 
 
 class Reason(StrEnum):
@@ -17,11 +19,15 @@ class Reason(StrEnum):
     R_DUPLICATE = "R_DUPLICATE"  # the same bytes as another file of the folder
     R_NOAUDIO = "R_NOAUDIO"  # no sound stream, or none during the window
     R_SILENT = "R_SILENT"  # a sound stream with nothing in it
-    R_SHORT = "R_SHORT"  # fewer pixel frames than one window
+    R_CLIPPED = "R_CLIPPED"  # the sound is cut off at full scale
+    R_NOSPEECH = "R_NOSPEECH"  # too little speech in the window
+    R_SHORT = "R_SHORT"  # a video or scene with fewer pixel frames than one window
     R_NOFACE = "R_NOFACE"  # a face is missing in too many frames, or in one whose motion is needed
     R_SMALLFACE = "R_SMALLFACE"  # the face has too few pixels
     R_MULTIFACE = "R_MULTIFACE"  # another face nearly as large
-    R_CUT = "R_CUT"  # the face jumps within the window: a cut
+    R_YAW = "R_YAW"  # the head is turned too far for too long
+    R_BLUR = "R_BLUR"  # the face is out of focus or smeared
+    R_CUT = "R_CUT"  # the face jumps within the window: a cut that the scenes do not show
 
 
 class Rejected(Exception):
@@ -31,3 +37,9 @@ class Rejected(Exception):
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
+
+
+def part_of(entry: Mapping[str, Any]) -> str:
+    """Which part of a video a rejection in the manifest is about, in words."""
+    parts = [f"{name} {entry[name]}" for name in ("scene", "window") if name in entry]
+    return ", ".join(parts) or "all"

@@ -22,6 +22,7 @@ from data_shards.schema import ClipSample
 from dualforce import __version__
 from dualforce.preprocess.charts import HEIGHT, WIDTH, Histogram, histogram
 from dualforce.preprocess.process import Job
+from dualforce.preprocess.reasons import part_of
 from dualforce.preprocess.work import Result
 
 PAGE, FACTS = "report.html", "report.json"
@@ -100,8 +101,8 @@ def write_report(folder: Path, made: Made) -> None:
 def _facts(made: Made) -> dict[str, Any]:
     used = [entry for entry in made.entries if entry.result.samples]
     lengths = [entry.result.length for entry in used if entry.result.length]
-    whole: Counter[str] = Counter(entry["reason"] for entry in made.rejected if "window" not in entry)
-    parts: Counter[str] = Counter(entry["reason"] for entry in made.rejected if "window" in entry)
+    whole: Counter[str] = Counter(entry["reason"] for entry in made.rejected if part_of(entry) == "all")
+    parts: Counter[str] = Counter(entry["reason"] for entry in made.rejected if part_of(entry) != "all")
     charts = [histogram("length of the videos used, s", lengths)] if lengths else []
     return {
         "format": "dualforce-build-report",
@@ -136,6 +137,7 @@ def _page(made: Made, facts: Mapping[str, Any]) -> str:
     template = environment.from_string((files("dualforce.preprocess") / TEMPLATE).read_text(encoding="utf-8"))
     charts = [Histogram(**chart) for chart in facts["histograms"]]
     return template.render(
+        part_of=part_of,
         facts=facts,
         accepted=_accepted(made.entries),
         refused=_refused(made.entries),

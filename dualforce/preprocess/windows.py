@@ -1,21 +1,26 @@
-"""Stage 4: the windows of 81 pixel frames (21 latent frames), one sample each, one after the other from frame 0."""
+"""Stage 5: the windows of 81 pixel frames (21 latent frames), one sample each, one after the other in each scene."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from dualforce.codecs.media_clock import PlacedSound
 from dualforce.preprocess.reasons import Reason, Rejected
+from dualforce.preprocess.scenes import Scene
 from dualforce.types import FPS, SAMPLE_RATE, SAMPLES_PER_FRAME
+
+LENGTH = 81  # pixel frames of a window: 21 latent frames
 
 
 @dataclass(frozen=True)
 class Window:
-    """Window number `index` of a video: pixel frames [start, start + length)."""
+    """Window number `index` of a video: pixel frames [start, start + length), all of scene number `scene`."""
 
     index: int
     start: int
     length: int
+    scene: int = 0
 
     @property
     def frames(self) -> range:
@@ -27,9 +32,10 @@ class Window:
         return slice(self.start * SAMPLES_PER_FRAME, (self.start + self.length) * SAMPLES_PER_FRAME)
 
 
-def plan_windows(frames: int, length: int) -> list[Window]:
-    """All whole windows of `length` in a video of `frames` pixel frames; what is left at its end is not used."""
-    return [Window(index, index * length, length) for index in range(frames // length)]
+def plan_windows(scenes: Iterable[Scene], length: int = LENGTH) -> list[Window]:
+    """All whole windows of `length` in the scenes, numbered through; what is left at a scene's end is not used."""
+    starts = [(scene, scene.start + n * length) for scene in scenes for n in range(scene.length // length)]
+    return [Window(index, start, length, scene.index) for index, (scene, start) in enumerate(starts)]
 
 
 def check_window(window: Window, sound: PlacedSound, cuts: tuple[tuple[int, int], ...]) -> None:

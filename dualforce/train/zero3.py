@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 # How many reductions and gathers may be under way before DeepSpeed makes the host wait for the oldest (2 of each as
-# shipped): two of either are a layer. The host is then far enough ahead that the device has work while the losses, whose
-# launches are many and short, and the optimizer's step are prepared.
+# shipped): two of either are a layer. The host is then far enough ahead that the device has work while the losses,
+# whose launches are many and short, and the optimizer's step are prepared.
 REDUCTIONS_AHEAD, GATHERS_AHEAD = 8, 6
 GATHERS = "_PartitionedParameterCoordinator__max_ongoing_fetch_events"
 

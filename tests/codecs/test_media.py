@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import wave
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 from helpers.clips import copy_head, flash_clip, textured, tone
 
+from dualforce.codecs import media
 from dualforce.codecs.media import (
     MediaError,
     iter_frames,
@@ -150,6 +153,80 @@ def test_missing_and_truncated_file(tmp_path: Path) -> None:
     cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     with pytest.raises(MediaError, match="cannot decode"):
         read_video(cut)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 6, 8])
+def test_the_number_of_channels_does_not_change_the_level(channels: int, tmp_path: Path) -> None:
+    """A voice that is in all channels is as loud as in one."""
+    path = tmp_path / "sound.wav"
+    samples = (0.5 * 32_767 * np.sin(np.arange(32_000) / 10)).astype("<i2").repeat(channels)
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(channels)
+        file.setsampwidth(2)
+        file.setframerate(32_000)
+        file.writeframes(samples.tobytes())
+    heard = read_audio(path)
+    assert abs(float(np.abs(heard[1000:-1000]).max()) - 0.5) < 0.005
+
+
+def test_one_channel_of_two_is_half_as_loud(tmp_path: Path) -> None:
+    path = tmp_path / "left.wav"
+    both = np.stack([0.5 * 32_767 * np.sin(np.arange(16_000) / 10), np.zeros(16_000)], axis=1).astype("<i2")
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(2)
+        file.setsampwidth(2)
+        file.setframerate(16_000)
+        file.writeframes(both.tobytes())
+    assert abs(float(np.abs(read_audio(path)).max()) - 0.25) < 0.005
+
+
+def test_sound_that_changes_its_kind_on_the_way() -> None:
+    """Stereo at 44.1 kHz, then mono at 48 kHz without a hole: each kind is resampled by itself, at one level."""
+
+    class Container:
+        def decode(self, stream: None) -> Iterator[av.AudioFrame]:
+            for hz, channels, first in ((44_100, 2, 0), (48_000, 1, 48_000)):
+                samples = np.full((1, hz * channels), 0.5, np.float32)
+                frame = av.AudioFrame.from_ndarray(samples, "flt", "stereo" if channels == 2 else "mono")
+                frame.sample_rate, frame.pts, frame.time_base = hz, first, Fraction(1, hz)
+                yield frame
+
+    blocks = media._sound_blocks(Container(), None)
+    assert [(time, len(part)) for time, part in blocks] == [(0, 16_000), (1, 16_000)]
+    assert all(np.abs(part[100:-100] - 0.5).max() < 0.01 for _, part in blocks)
+
+
+def test_a_name_is_no_pattern(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "p1.jpg"), "w", format="mjpeg") as container:
+        stream = container.add_stream("mjpeg", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuvj420p"
+        frame = av.VideoFrame.from_ndarray(textured(1, 64)[0], format="rgb24")
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    assert read_image(tmp_path / "p1.jpg").shape == (64, 64, 3)
+    (tmp_path / "p%d.jpg").write_text("not a picture")
+    with pytest.raises(MediaError, match="cannot decode"):
+        read_image(tmp_path / "p%d.jpg")
+
+
+@pytest.mark.parametrize(
+    "text", ["ffconcat version 1.0\nfile whole.mp4\n", "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nwhole.mp4\n"]
+)
+def test_a_file_that_names_other_files_is_not_followed(text: str, tmp_path: Path) -> None:
+    write_video(tmp_path / "whole.mp4", textured(5), tone(5))
+    for name in ("list.mp4", "list.m3u8", "list.ffconcat"):
+        (tmp_path / name).write_text(text)
+        for read in (probe, read_image, read_audio):
+            with pytest.raises(MediaError, match="cannot decode"):
+                read(tmp_path / name)
+
+
+def test_a_picture_that_is_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "clip.mp4"
+    write_video(path, textured(5), None)
+    monkeypatch.setattr(media, "MAX_PIXELS", 160 * 160 // 2)
+    with pytest.raises(MediaError, match="cannot decode"):
+        probe(path)
 
 
 def test_sound_only_file_has_no_pictures(clips_dir: Path) -> None:

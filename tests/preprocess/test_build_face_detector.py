@@ -99,7 +99,7 @@ def test_rendered_clips_are_cropped_where_the_detector_says(tmp_path: Path, dete
     found = samples(tmp_path / "out")
     assert len(found) == 2
     for sample in found:
-        assert sample.meta["crop"]["faces"] == tag and sample.meta["tags"]["motion"] == "test-v1"
+        assert sample.meta["finders"]["faces"]["tag"] == tag and sample.meta["tags"]["motion"] == "test-v1"
         assert np.abs(np.array(sample.meta["crop"]["boxes"]) - wanted).max() <= 3
         assert torch.allclose(sample.struct[1, :, 0], torch.tensor([0.1, 0.2, 0.3, 0.4]))  # the sidecar's
 
@@ -155,5 +155,5 @@ def test_motion_of_the_crops_is_the_landmarkers(
     (sample,) = samples(tmp_path / "out")
     wanted = square_boxes(face_squares(np.array([bar], np.float64)))[0]
     assert np.abs(np.array(sample.meta["crop"]["boxes"]) - wanted).max() <= 6
-    assert sample.meta["crop"]["faces"] == manifest["info"]["face_detector"]
+    assert sample.meta["finders"]["faces"]["tag"] == manifest["info"]["face_detector"]
     assert sample.struct.shape == (21, 4, 58) and float(sample.struct.std(dim=(0, 1)).max()) > 0.1

@@ -14,8 +14,10 @@ from dualforce.codecs.motion_sidecar import Motion
 from dualforce.preprocess import features
 from dualforce.preprocess.face_crop import plan_crop
 from dualforce.preprocess.face_track import FaceTrack
+from dualforce.preprocess.finder import Finder
 from dualforce.preprocess.quality import Limits, check_faces, check_sound
 from dualforce.preprocess.reasons import Reason, Rejected
+from dualforce.preprocess.scenes import Scene
 from dualforce.preprocess.windows import Window, check_window, plan_windows
 
 LIMITS = Limits()
@@ -26,7 +28,12 @@ def track(centres: np.ndarray, side: float = 100.0, frames: int | None = None) -
     half = side / 2
     boxes = np.concatenate([centres - half, centres + half], axis=1)
     times = np.arange(len(boxes)) * 5
-    return FaceTrack("test", frames or int(times[-1]) + 1, times, boxes, np.zeros(len(boxes), np.bool_))
+    none = np.zeros(len(boxes), np.bool_)
+    return FaceTrack(Finder("test"), frames or int(times[-1]) + 1, times, boxes, none, np.full(len(boxes), np.nan))
+
+
+def whole(track: FaceTrack) -> list[Scene]:
+    return [Scene(0, 0, track.frames)]
 
 
 def still(count: int = 40) -> np.ndarray:
@@ -35,7 +42,8 @@ def still(count: int = 40) -> np.ndarray:
 
 def test_a_nearly_still_face_gets_a_still_crop() -> None:
     rng = np.random.default_rng(0)
-    crop = plan_crop(track(still() + rng.normal(0, 3, (40, 2))))
+    faces = track(still() + rng.normal(0, 3, (40, 2)))
+    crop = plan_crop(faces, whole(faces))
     assert crop.squares.shape == (196, 3) and not crop.cuts
     assert (np.ptp(crop.squares, axis=0) == 0).all()
     assert abs(crop.squares[0, 2] - 200) < 1
@@ -45,7 +53,7 @@ def test_a_moving_face_is_followed_smoothly_and_stays_inside() -> None:
     rng = np.random.default_rng(1)
     path = still(60) + np.stack([np.linspace(0, 300, 60), 40 * np.sin(np.arange(60) / 8)], axis=1)
     faces = track(path + rng.normal(0, 2, path.shape))
-    crop = plan_crop(faces)
+    crop = plan_crop(faces, whole(faces))
     boxes = square_boxes(crop.squares)[faces.times]
     assert (boxes[:, :2] <= faces.boxes[:, :2] + 1e-9).all() and (boxes[:, 2:] >= faces.boxes[:, 2:] - 1e-9).all()
     raw = np.abs(np.diff(np.interp(np.arange(faces.frames), faces.times, faces.boxes[:, 0]), n=2)).max()
@@ -55,14 +63,16 @@ def test_a_moving_face_is_followed_smoothly_and_stays_inside() -> None:
 def test_missed_faces_are_bridged() -> None:
     centres = still() + np.arange(40)[:, None]
     centres[10:13] = np.nan
-    crop = plan_crop(track(centres, frames=204))
+    faces = track(centres, frames=204)
+    crop = plan_crop(faces, whole(faces))
     assert crop.squares.shape == (204, 3) and np.isfinite(crop.squares).all()
 
 
 def test_a_jump_is_a_cut_with_a_crop_on_either_side() -> None:
     centres = still()
     centres[20:] += 150
-    crop = plan_crop(track(centres))
+    faces = track(centres)
+    crop = plan_crop(faces, whole(faces))
     assert crop.cuts == ((95, 100),)
     assert (crop.squares[:100, 0] == 200).all() and (crop.squares[100:, 0] == 350).all()
     sound = PlacedSound(tone(300), 0.0, 0.0)
@@ -75,9 +85,18 @@ def test_a_jump_is_a_cut_with_a_crop_on_either_side() -> None:
         check_window(Window(1, 16, 81), sound, crop.cuts)
 
 
+def test_each_scene_has_a_crop_of_its_own() -> None:
+    """The face moves by less than a jump at the cut: no smoothing across it, and nothing outside the scenes."""
+    centres = still()
+    centres[20:] += 70
+    faces = track(centres, frames=200)
+    crop = plan_crop(faces, [Scene(0, 0, 98), Scene(2, 120, 200)])
+    assert not crop.cuts
+    assert (crop.squares[:98, 0] == 200).all() and (crop.squares[120:, 0] == 270).all()
+    assert np.isnan(crop.squares[98:120]).all()
+
+
 def spoiled(kind: str) -> FaceTrack:
-    if kind == "short":
-        return track(still(16))
     if kind == "missing":
         centres = still()
         centres[:3] = np.nan
@@ -94,7 +113,6 @@ def spoiled(kind: str) -> FaceTrack:
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("short", Reason.R_SHORT),
         ("missing", Reason.R_NOFACE),
         ("none", Reason.R_NOFACE),
         ("small", Reason.R_SMALLFACE),
@@ -132,8 +150,8 @@ def test_bad_sound(wave: np.ndarray, reason: Reason) -> None:
 
 
 def test_windows_and_their_sound() -> None:
-    assert [(w.index, w.start) for w in plan_windows(250, 81)] == [(0, 0), (1, 81), (2, 162)]
-    assert plan_windows(80, 81) == []
+    assert [(w.index, w.start) for w in plan_windows([Scene(0, 0, 250)])] == [(0, 0), (1, 81), (2, 162)]
+    assert plan_windows([Scene(0, 0, 80)]) == []
     window = Window(1, 81, 81)
     check_window(window, PlacedSound(tone(162), 0.0, 0.0), ())
     for wave, start in ((tone(162)[:-1], 0.0), (tone(300), 4.0)):
