@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from data_shards.edit import Advance
-from data_shards.files import parse_json, read_document
+from data_shards.files import Folder, parse_json
 from data_shards.manifest import check_seal
 from data_shards.moments import StreamMoments
 from data_shards.reader import ShardSet
@@ -71,7 +71,7 @@ def find_faults(
     if opened is not None:
         # A manifest of another layout can be opened: someone may have written it anew. As written it is not.
         try:
-            check_seal(root)
+            check_seal(Folder(root))
         except ShardError as error:
             found.faults.append(Fault("manifest.json", None, str(error)))
     for name, entry in manifest["files"].items():
@@ -111,7 +111,7 @@ def _open(root: Path) -> tuple[dict[str, Any], ShardSet | None, str]:
         return opened.manifest, opened, ""
     except ShardError as error:
         path = root / "manifest.json"
-        manifest = parse_json(read_document(path), str(path))
+        manifest = parse_json(Folder(root).document(path.name), str(path))
         if manifest.get("shard_version") != SHARD_VERSION or not isinstance(manifest.get("files"), dict):
             raise
         return manifest, None, str(error)

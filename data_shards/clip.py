@@ -1,107 +1,217 @@
-"""One clip out of an opened tar: all of it, or the first latent frames by byte range. Everything read is checked."""
+"""One clip out of a tar: all of it, or its first latent frames by byte range. Everything that is read is checked."""
 
 from __future__ import annotations
 
-import zlib
+import struct
 from collections.abc import Mapping
-from io import FileIO
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+from xxhash import xxh3_64_intdigest
 
-from data_shards.files import parse_json, read_into, read_range
-from data_shards.index import TAR_BLOCK, ClipEntry, Member, TensorPlace
-from data_shards.payload import checksums, decode_all
+from data_shards.columns import size_of
+from data_shards.files import Folder, Range, parse_json
+from data_shards.index import TAR_BLOCK, Place, rounded_up, sums_forms
+from data_shards.layout import Part, checksums
+from data_shards.manifest import sums_name_of
+from data_shards.rooms import Rooms
 from data_shards.schema import (
     RECORD_VERSION,
+    REPEATED,
     TENSOR_FIELDS,
     TIME_FIELDS,
     ClipSample,
+    are_numbers,
+    at,
+    check_values,
     fail,
     shown,
-    tags_of,
-    validate,
 )
 
-Extractors = Mapping[str, Mapping[str, Any]]
+
+class Piece(NamedTuple):
+    """Room for the first `frames` of the checksummed frames of a tensor, from byte `start` of the clip's room on."""
+
+    part: Part
+    frames: int
+    start: int
+    size: int
 
 
-def read_whole(file: FileIO, entry: ClipEntry, origin: str, extractors: Extractors) -> ClipSample:
-    """The clip of `entry`: tar headers and checksums of both members, JSON and tensors against index and contract."""
-    payload = read_member(file, entry.key, entry.payload, origin)
-    record = read_member(file, entry.key, entry.record, origin)
-    meta = _check_record(record, entry, origin, extractors)
-    sample = _build(decode_all(payload, entry, origin), entry, meta)
-    validate(sample, origin, extractors)
-    return sample
+def read_whole(source: Folder, place: Place, tags: Mapping[str, str], rooms: Rooms) -> ClipSample:
+    """The clip at `place`: the tar's own headers and filling, the header of the safetensors member, every frame."""
+    row, layout = read_row(source, place), place.layout
+    head = bytearray(2 * TAR_BLOCK + rounded_up(place.record_bytes, TAR_BLOCK) + len(layout.header))
+    pieces = [Piece(part, part.frames, part.offset, part.size) for part in layout.parts]
+    room = rooms.take(layout.data)
+    rest = bytearray(-layout.size % TAR_BLOCK)
+    data = place.start + len(head)
+    ranges = [
+        (place.start, memoryview(head)),
+        (data, room.numpy().data[: layout.data]),
+        (data + layout.data, memoryview(rest)),
+    ]
+    counts = source.fill(place.tar, ranges)
+    origin = _origin(source, place)
+    _check_read(counts[:1], [("json", len(head))], origin, place)
+    record = bytes(head[TAR_BLOCK : TAR_BLOCK + place.record_bytes])
+    meta = _check_record(record, row, place, origin, tags)
+    _check_read(counts[1:], [("safetensors", layout.data), ("safetensors", len(rest))], origin, place)
+    filling = head[TAR_BLOCK + place.record_bytes : -TAR_BLOCK - len(layout.header)]
+    payload_header = head[-TAR_BLOCK - len(layout.header) : -len(layout.header)]
+    _check_member(f"{place.key}.json", place.record_bytes, head[:TAR_BLOCK], filling, origin)
+    _check_member(f"{place.key}.safetensors", layout.size, payload_header, rest, origin)
+    if head[-len(layout.header) :] != layout.header:
+        raise at(origin, f"{place.key}.safetensors", "another header", "that of its layout (damaged data)")
+    return _sample(room, pieces, row, place, meta, origin)
 
 
 def read_prefix(
-    file: FileIO, entry: ClipEntry, origin: str, extractors: Extractors, frames: int, beyond: int
+    source: Folder, place: Place, tags: Mapping[str, str], rooms: Rooms, frames: int, beyond: int
 ) -> ClipSample:
-    """The first `frames` latent frames, of the audio `beyond` more: only their bytes are read (and the JSON member)."""
-    record = _read_content(file, entry.key, entry.record, origin)
-    meta = _check_record(record, entry, origin, extractors)
-    tensors = {}
-    for name, place in entry.tensors.items():
-        wanted = frames + beyond if name == "audio" else frames
-        parts = wanted if name in TIME_FIELDS else place.shape[0]
-        tensors[name] = _read_parts(file, entry, name, place, parts, origin)
-    sample = _build(tensors, entry, meta)
-    validate(sample, origin, extractors, beyond=beyond)
-    return sample
+    """The first `frames` latent frames, of the audio `beyond` more: only their bytes are read, and the JSON member."""
+    row, layout = read_row(source, place), place.layout
+    record = bytearray(place.record_bytes)
+    pieces, size = [], 0
+    for part in layout.parts:
+        count = part.frames if part.name not in TIME_FIELDS else frames + beyond if part.name == "audio" else frames
+        # Larger numbers come first as a rule, so that there is nothing to fill up.
+        start = rounded_up(size, part.item)
+        pieces.append(Piece(part, count, start, count * part.stride))
+        size = start + count * part.stride
+    # The tensors' own memory, once for all of them: nothing is copied on the way.
+    room = rooms.take(size)
+    view = room.numpy().data
+    data = place.start + 2 * TAR_BLOCK + rounded_up(place.record_bytes, TAR_BLOCK) + len(layout.header)
+    ranges: list[Range] = [(place.start + TAR_BLOCK, memoryview(record))]
+    ranges += [(data + piece.part.offset, view[piece.start : piece.start + piece.size]) for piece in pieces]
+    counts = source.fill(place.tar, ranges)
+    origin = _origin(source, place)
+    _check_read(counts, [("json", len(record)), *((piece.part.name, piece.size) for piece in pieces)], origin, place)
+    meta = _check_record(bytes(record), row, place, origin, tags)
+    return _sample(room, pieces, row, place, meta, origin)
 
 
-def _read_parts(file: FileIO, entry: ClipEntry, name: str, place: TensorPlace, parts: int, origin: str) -> Tensor:
-    size = place.size // place.shape[0] * parts
-    room = torch.empty(size, dtype=torch.uint8)  # the tensor's own memory: nothing is copied on the way
-    data = room.numpy().data
-    count = read_into(file, place.offset, data)
-    if count != size:
-        raise fail(origin, entry.key, name, f"{count} bytes", f"{size} (truncated tar)")
-    found = checksums(data, parts if name in TIME_FIELDS else 1)
-    if not place.crc32.startswith(found):
-        start = next(i for i in range(0, len(found), 8) if found[i : i + 8] != place.crc32[i : i + 8])
-        where = f" of latent frame {start // 8}" if name in TIME_FIELDS else ""
-        value = f"crc32 {found[start : start + 8]}{where}"
-        raise fail(origin, entry.key, name, value, f"{place.crc32[start : start + 8]} (damaged data)")
-    return room.view(getattr(torch, place.dtype)).view(parts, *place.shape[1:])
+def read_row(source: Folder, place: Place) -> tuple[int, ...]:
+    """The checksums of a clip, checked against the index of the set."""
+    words = place.layout.words
+    name, room = sums_name_of(place.tar), bytearray(8 * words)
+    offset = size_of(sums_forms(place.rows, words)) - len(room) * (place.rows - place.row)
+    count = source.fill(name, [(offset, memoryview(room))])[0]
+    found = xxh3_64_intdigest(room)
+    if count != len(room) or found != place.sum:
+        value = f"xxh3 {found:016x}" if count == len(room) else f"{count} bytes"
+        expected = f"{len(room)} bytes of xxh3 {place.sum:016x}, the index's (damaged data)"
+        raise fail(source.label(name), place.key, "checksums", value, expected)
+    return struct.unpack(f"<{words}Q", room)
 
 
-def read_member(file: FileIO, key: str, member: Member, origin: str) -> bytes:
-    """The content of a member, after a look at the tar's own header before it and the zeros behind it."""
-    header = read_range(file, member.offset - TAR_BLOCK, TAR_BLOCK)
-    data = _read_content(file, key, member, origin)
-    if not _is_header_of(member, header):
-        value = "another tar header"
-        raise fail(origin, key, member.name, value, "that of a file with this name and size (damaged data)")
-    end = member.offset + member.size
-    filling = read_range(file, end, -member.size % TAR_BLOCK)
+def _origin(source: Folder, place: Place) -> str:
+    return f"{source.label(place.tar)}: sample {place.key!r}"
+
+
+def _check_read(counts: list[int], wanted: list[tuple[str, int]], origin: str, place: Place) -> None:
+    for count, (name, size) in zip(counts, wanted, strict=True):
+        if count != size:
+            field = f"{place.key}.{name}" if name in ("json", "safetensors") else name
+            raise at(origin, field, f"{count} bytes", f"{size} (truncated tar)")
+
+
+def _check_record(
+    record: bytes, row: tuple[int, ...], place: Place, origin: str, tags: Mapping[str, str]
+) -> dict[str, Any]:
+    """The `meta` of a clip whose JSON member is the one that was written and says what index and manifest say."""
+    name, found = f"{place.key}.json", xxh3_64_intdigest(record)
+    if found != row[0]:
+        raise at(origin, name, f"xxh3 {found:016x}", f"{row[0]:016x} (damaged data)")
+    document = parse_json(record, f"{origin}: {name}")
+    expected: dict[str, object] = {
+        "shard_version": RECORD_VERSION,
+        "key": place.key,
+        "identity": place.identity,
+        "frames": place.layout.frames,
+    }
+    for field, value in expected.items():
+        stated = document.get(field)
+        if type(stated) is not type(value) or stated != value:
+            raise at(origin, field, shown(stated), f"{shown(value)}, as in the index")
+    if document.get("extractors") != tags:
+        raise at(origin, "extractors", shown(document.get("extractors")), f"{tags}, the manifest's tags")
+    meta = document.get("meta")
+    if not isinstance(meta, dict):
+        raise at(origin, "meta", shown(meta), "a JSON object")
+    return meta
+
+
+def _sample(
+    room: Tensor, pieces: list[Piece], row: tuple[int, ...], place: Place, meta: dict[str, Any], origin: str
+) -> ClipSample:
+    """The clip whose tensors are in `room`: every frame has the checksum of the row, every number is one."""
+    data = room.numpy()
+    _check_frames(data.data, pieces, row, origin)
+    fields: dict[str, Any] = dict.fromkeys(TENSOR_FIELDS)
+    numbers = {dtype: room.view(getattr(torch, dtype)) for dtype in {piece.part.dtype for piece in pieces}}
+    for part, frames, start, _ in pieces:
+        shape = (frames, *part.shape[1:]) if part.name in TIME_FIELDS else part.shape
+        fields[part.name] = numbers[part.dtype].as_strided(shape, part.strides, start // part.item)
+    if not (_are_numbers(data, pieces) and _are_repeated(data.data, pieces)):
+        check_values({name: value for name, value in fields.items() if value is not None}, origin)
+    return ClipSample(key=place.key, identity=place.identity, meta=meta, **fields)
+
+
+def _check_frames(view: memoryview, pieces: list[Piece], row: tuple[int, ...], origin: str) -> None:
+    for part, frames, start, size in pieces:
+        expected = row[part.word : part.word + frames]
+        found = checksums(view[start : start + size], frames)
+        if found != list(expected):
+            frame = next(i for i in range(frames) if found[i] != expected[i])
+            where = f" of latent frame {frame}" if part.name in TIME_FIELDS else ""
+            value = f"xxh3 {found[frame]:016x}{where}"
+            raise at(origin, part.name, value, f"{expected[frame]:016x} (damaged data)")
+
+
+def _are_numbers(data: NDArray[np.uint8], pieces: list[Piece]) -> bool:
+    """Looked at once for all tensors of a dtype that lie next to each other."""
+    first = 0
+    for number, piece in enumerate(pieces, 1):
+        end, following = piece.start + piece.size, pieces[number] if number < len(pieces) else None
+        if following is None or following.start != end or following.part.dtype != piece.part.dtype:
+            if not are_numbers(data[pieces[first].start : end], piece.part.dtype):
+                return False
+            first = number
+    return True
+
+
+def _are_repeated(view: memoryview, pieces: list[Piece]) -> bool:
+    """Whether the slots that latent frame 0 repeats are equal, bit by bit (which equal numbers need not be)."""
+    for part, _, start, _ in pieces:
+        if part.name in REPEATED:
+            count, slot = REPEATED[part.name], part.strides[1] * part.item
+            if view[start : start + count * slot] != bytes(view[start : start + slot]) * count:
+                return False
+    return True
+
+
+def _check_member(name: str, size: int, header: bytearray, filling: bytearray, origin: str) -> None:
+    """The tar's own header before a member and the zeros behind it: tar and this reader must see the same."""
+    if not _is_header_of(name, size, bytes(header)):
+        raise at(origin, name, "another tar header", "that of a file with this name and size (damaged data)")
     if filling.strip(b"\0"):
-        raise fail(origin, key, member.name, "bytes behind its end", "zeros up to a whole block (damaged data)")
-    return data
+        raise at(origin, name, "bytes behind its end", "zeros up to a whole block (damaged data)")
 
 
-def _read_content(file: FileIO, key: str, member: Member, origin: str) -> bytes:
-    data = read_range(file, member.offset, member.size)
-    if len(data) != member.size:
-        raise fail(origin, key, member.name, f"{len(data)} bytes", f"{member.size} (truncated tar)")
-    checksum = zlib.crc32(data)
-    if checksum != member.crc32:
-        raise fail(origin, key, member.name, f"crc32 {checksum}", f"{member.crc32} (damaged data)")
-    return data
-
-
-def _is_header_of(member: Member, header: bytes) -> bool:
+def _is_header_of(name: str, size: int, header: bytes) -> bool:
     # A link, device or second name here would mean something else to tar than the index means to this reader.
-    name, size, checksum, kind, magic, prefix = (
+    stated, length, checksum, kind, magic, prefix = (
         header[start:end] for start, end in ((0, 100), (124, 136), (148, 156), (156, 157), (257, 262), (345, 500))
     )
     total = sum(header) - sum(checksum) + 8 * ord(" ")
     return (
-        name.rstrip(b"\0") == member.name.encode("ascii")
-        and _octal(size) == member.size
+        stated.rstrip(b"\0") == name.encode("ascii")
+        and _octal(length) == size
         and _octal(checksum) == total
         and kind in (b"0", b"\0")
         and magic == b"ustar"
@@ -112,30 +222,3 @@ def _is_header_of(member: Member, header: bytes) -> bool:
 def _octal(field: bytes) -> int:
     digits = field.strip(b"\0 ")
     return int(digits, 8) if digits.isdigit() and not set(digits) & set(b"89") else -1
-
-
-def _check_record(record: bytes, entry: ClipEntry, origin: str, extractors: Extractors) -> dict[str, Any]:
-    """The `meta` of a clip whose JSON member says what index and manifest say."""
-    document = parse_json(record, f"{origin}: sample {entry.key!r}: {entry.record.name}")
-    expected: dict[str, object] = {
-        "shard_version": RECORD_VERSION,
-        "key": entry.key,
-        "identity": entry.identity,
-        "frames": entry.frames,
-    }
-    for field, value in expected.items():
-        found = document.get(field)
-        if type(found) is not type(value) or found != value:
-            raise fail(origin, entry.key, field, shown(found), f"{shown(value)}, as in the index")
-    tags = tags_of(extractors)
-    if document.get("extractors") != tags:
-        raise fail(origin, entry.key, "extractors", shown(document.get("extractors")), f"{tags}, the manifest's tags")
-    meta = document.get("meta")
-    if not isinstance(meta, dict):
-        raise fail(origin, entry.key, "meta", shown(meta), "a JSON object")
-    return meta
-
-
-def _build(tensors: Mapping[str, Tensor], entry: ClipEntry, meta: dict[str, Any]) -> ClipSample:
-    fields: dict[str, Any] = {name: tensors.get(name) for name in TENSOR_FIELDS}
-    return ClipSample(key=entry.key, identity=entry.identity, meta=meta, **fields)

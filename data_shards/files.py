@@ -6,10 +6,13 @@ anything is read from them, and a document is measured before it is parsed.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,43 +24,97 @@ MAX_JSON_BYTES = 2**25
 # A parsed value costs some 70 bytes however short its text is, so the text alone does not bound the memory.
 MAX_JSON_VALUES = 800_000
 
+_BLOCK = 2**20
+Range = tuple[int, memoryview]  # offset in a file, and the room for what follows there
+
 # A pipe would block on opening, a link could leave the folder. Windows has neither flag.
 _FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 
-def open_plain(path: Path) -> FileIO:
-    """`path` for reading, without a buffer; ShardError unless it is a regular file (a link is not)."""
+class Folder:
+    """The files of a shard set in a local folder, by name: all that reading a set asks of the place where it lies.
+
+    Names must be checked before: they are joined to `root` as they are. Every method raises ShardError, which names the
+    file, for one that is missing, unreadable or not a plain file. Safe to use from several threads.
+    """
+
+    def __init__(self, root: Path, called: Path | None = None) -> None:
+        """`called` is the folder that messages name, if it is another than `root`."""
+        self.root = root
+        self._path, self._called = os.fspath(root), os.fspath(called or root)
+
+    def label(self, name: str) -> str:
+        """The file as messages name it."""
+        return os.path.join(self._called, name)
+
+    def size(self, name: str) -> int:
+        """Bytes of the file, which is not opened."""
+        return _plain(os.path.join(self._path, name), self.label(name)).st_size
+
+    def document(self, name: str, most: int = MAX_JSON_BYTES) -> bytes:
+        """All bytes of the file; ShardError if it is larger than `most`."""
+        with _opened(os.path.join(self._path, name), self.label(name)) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > most:
+                raise ShardError(f"{self.label(name)}: {size} bytes: expected at most {most}")
+            room = bytearray(size)
+            return bytes(room[: _fill(file, 0, memoryview(room))])
+
+    def fill(self, name: str, ranges: Sequence[Range]) -> list[int]:
+        """Read from each offset until its room is full; how many bytes there were, fewer where the file ends."""
+        with _opened(os.path.join(self._path, name), self.label(name)) as file:
+            return [_fill(file, offset, room) for offset, room in ranges]
+
+    def digest(self, name: str) -> str:
+        """sha256 of the file."""
+        with _opened(os.path.join(self._path, name), self.label(name)) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def copy(self, name: str, target: Path) -> str:
+        """Copy the file to `target`, on the disk when this returns; sha256 of what was copied."""
+        digest = hashlib.sha256()
+        with _opened(os.path.join(self._path, name), self.label(name)) as old, open(target, "wb") as new:
+            while block := old.read(_BLOCK):
+                digest.update(block)
+                new.write(block)
+            new.flush()
+            os.fsync(new.fileno())
+        return digest.hexdigest()
+
+
+def _plain(path: str, label: str) -> os.stat_result:
     try:
-        # Before opening, because opening a device can act on it; and after, because the file may have been replaced.
         found = os.lstat(path)
-        if stat.S_ISREG(found.st_mode):
-            file = os.fdopen(os.open(path, _FLAGS), "rb", buffering=0)
-            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                return file
-            file.close()
     except FileNotFoundError:
-        raise ShardError(f"{path}: missing: expected a file of a shard set") from None
+        raise ShardError(f"{label}: missing: expected a file of a shard set") from None
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or type(error).__name__
-        raise ShardError(f"{path}: {reason}: expected a readable file of a shard set") from None
+        raise _unreadable(label, error) from None
+    if stat.S_ISREG(found.st_mode):
+        return found
     kind = "a symbolic link" if stat.S_ISLNK(found.st_mode) else "a folder, pipe, socket or device"
-    raise ShardError(f"{path}: {kind}: expected a plain file")
+    raise ShardError(f"{label}: {kind}: expected a plain file")
 
 
-def read_range(file: FileIO, offset: int, size: int) -> bytes:
-    """`size` bytes from `offset`, fewer where the file ends."""
-    file.seek(offset)
-    data = file.read(size)
-    while len(data) < size:
-        more = file.read(size - len(data))
-        if not more:
-            break
-        data += more
-    return data
+@contextmanager
+def _opened(path: str, label: str) -> Iterator[FileIO]:
+    """The file without a buffer; faults of the system on the way are ShardErrors."""
+    # Looked at before opening, because opening a device can act on it; and after, because it may have been replaced.
+    _plain(path, label)
+    try:
+        with FileIO(os.open(path, _FLAGS)) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ShardError(f"{label}: a folder, pipe, socket or device: expected a plain file")
+            yield file
+    except OSError as error:
+        raise _unreadable(label, error) from None
 
 
-def read_into(file: FileIO, offset: int, room: memoryview) -> int:
-    """Fill `room` from `offset` on; returns how many bytes there were, fewer where the file ends."""
+def _unreadable(label: str, error: Exception) -> ShardError:
+    reason = getattr(error, "strerror", None) or type(error).__name__
+    return ShardError(f"{label}: {reason}: expected a readable file of a shard set")
+
+
+def _fill(file: FileIO, offset: int, room: memoryview) -> int:
     file.seek(offset)
     count = 0
     while count < len(room):
@@ -66,15 +123,6 @@ def read_into(file: FileIO, offset: int, room: memoryview) -> int:
             break
         count += more
     return count
-
-
-def read_document(path: Path) -> bytes:
-    """All bytes of a manifest or an index; ShardError if it is no plain file or larger than MAX_JSON_BYTES."""
-    with open_plain(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > MAX_JSON_BYTES:
-            raise ShardError(f"{path}: {size} bytes: expected at most {MAX_JSON_BYTES}")
-        return read_range(file, 0, size)
 
 
 def parse_json(data: bytes, origin: str) -> dict[str, Any]:
@@ -86,8 +134,7 @@ def parse_json(data: bytes, origin: str) -> dict[str, Any]:
             f"expected at most {MAX_JSON_BYTES} bytes with {MAX_JSON_VALUES} values"
         )
     try:
-        text = data.decode("ascii")
-        document = json.loads(text, parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_unique)
+        document = _JSON.decode(data.decode("ascii"))
     except (ValueError, RecursionError) as error:
         raise ShardError(f"{origin}: {shown(str(error))}: expected JSON") from None
     if not isinstance(document, dict):
@@ -115,6 +162,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
                 raise ValueError(f"key {shown(key)} occurs twice")
             seen.add(key)
     return found
+
+
+_JSON = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_unique)
 
 
 def encode_json(value: Any, origin: str, indent: int | None = None) -> bytes:

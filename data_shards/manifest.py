@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from data_shards.files import encode_json, parse_json, read_document
-from data_shards.schema import FPS, MAX_CLIP_BYTES, SHARD_VERSION, SPLITS, ShardError, check_extractors, shown
+from data_shards.files import Folder, encode_json, parse_json
+from data_shards.index import INDEX_NAME
+from data_shards.layout import Layout, parse_layout
+from data_shards.schema import FPS, MAX_CLIP_BYTES, SHARD_VERSION, SPLITS, ShardError, at, check_extractors, shown
+
+MANIFEST_NAME = "manifest.json"
+MAX_LAYOUTS = 64
 
 _TAR_NAME = re.compile(rf"({'|'.join(SPLITS)})-[0-9]{{6}}\.tar")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SEAL = b'\n "sha256": "'  # one blank: at the top level, and a text in JSON holds no line break
 _BLANK = "0" * 64
 _KINDS: dict[str, type] = {"extractors": dict, "splits": dict, "files": dict, "statistics": dict, "frames": int,
-                           "rejected": list, "info": dict}  # fmt: skip
+                           "layouts": list, "rejected": list, "info": dict}  # fmt: skip
+_LAYOUTS_SINCE = 3  # version
 _OPTIONAL = ("rejected", "info")
 _NAMES: dict[type, str] = {dict: "an object", list: "a list", int: "a whole number of at least 1"}
 
 
-def read_manifest(root: Path, version: int = SHARD_VERSION) -> dict[str, Any]:
-    """The manifest of the set in folder `root`; ShardError for another version, or a key that is absent or not what it
-    should be. Names of tars in it are safe to join to `root`."""
-    path = root / "manifest.json"
-    origin = str(path)
-    data = read_document(path)
+def read_manifest(source: Folder, version: int = SHARD_VERSION) -> dict[str, Any]:
+    """The manifest of the set in `source`; ShardError for another version, or a key that is absent or not what it
+    should be. Names of tars in it are safe to join to a folder."""
+    origin = source.label(MANIFEST_NAME)
+    data = source.document(MANIFEST_NAME)
     manifest = parse_json(data, origin)
     check_version(manifest, origin, version)
     if version > 1 and "sha256" not in manifest:
@@ -34,7 +38,8 @@ def read_manifest(root: Path, version: int = SHARD_VERSION) -> dict[str, Any]:
     if version > 1 and _SEAL in data:
         # Damage leaves the layout as it was. A manifest in another one was edited, which only `verify` objects to.
         _check_seal(data, origin)
-    for key, kind in _KINDS.items():
+    kinds = _KINDS if version >= _LAYOUTS_SINCE else {key: kind for key, kind in _KINDS.items() if key != "layouts"}
+    for key, kind in kinds.items():
         if key not in manifest and key not in _OPTIONAL:
             raise ShardError(f"{origin}: {key}: absent: expected the key of a shard manifest")
         if key in manifest and type(manifest[key]) is not kind:
@@ -47,8 +52,27 @@ def read_manifest(root: Path, version: int = SHARD_VERSION) -> dict[str, Any]:
     for name, entry in manifest["files"].items():
         _check_file(name, entry, origin)
     for split in SPLITS:
-        _check_split(split, manifest, origin)
+        _check_split(split, manifest, sums_name_of if version >= _LAYOUTS_SINCE else old_index_name_of, origin)
+    if version >= _LAYOUTS_SINCE:
+        if INDEX_NAME not in manifest["files"]:
+            raise ShardError(f"{origin}: files.{INDEX_NAME}: absent: expected size and sha256 of the index")
+        if not 1 <= len(manifest["layouts"]) <= MAX_LAYOUTS:
+            raise ShardError(f"{origin}: layouts: {len(manifest['layouts'])}: expected 1 to {MAX_LAYOUTS}")
     return manifest
+
+
+def read_layouts(manifest: Mapping[str, Any], origin: str) -> tuple[Layout, ...]:
+    """The manifest's `layouts`, all of its extractors and frames, with one number of text tokens."""
+    found: list[Layout] = []
+    for number, text in enumerate(manifest["layouts"]):
+        place = f"{origin}: layouts[{number}]"
+        layout = parse_layout(text, manifest["extractors"], place)
+        if layout.frames != manifest["frames"]:
+            raise at(place, "video", f"{layout.frames} latent frames", f"{manifest['frames']}, the manifest's frames")
+        if found and layout.tokens != found[0].tokens:
+            raise at(place, "text", f"{layout.tokens} tokens", f"{found[0].tokens}, as in layouts[0]")
+        found.append(layout)
+    return tuple(found)
 
 
 def sealed(manifest: Mapping[str, Any], origin: str) -> tuple[dict[str, Any], bytes]:
@@ -58,10 +82,23 @@ def sealed(manifest: Mapping[str, Any], origin: str) -> tuple[dict[str, Any], by
     return parse_json(data, origin), data
 
 
-def check_seal(root: Path) -> None:
+def check_seal(source: Folder) -> None:
     """ShardError if a byte of manifest.json is not as it was written."""
-    path = root / "manifest.json"
-    _check_seal(read_document(path), str(path))
+    _check_seal(source.document(MANIFEST_NAME), source.label(MANIFEST_NAME))
+
+
+def set_hash(manifest: Mapping[str, Any]) -> str:
+    """sha256, in hexadecimal, over the lines "SPLIT SHA256-OF-TAR", tar after tar.
+
+    Tars hold all that clips are, keys and tags included, and their order; so equal clips in equal order have equal
+    hashes wherever they lie, and whatever else the manifest says. An upgrade keeps it.
+    """
+    lines = (
+        f"{split} {manifest['files'][name]['sha256']}\n"
+        for split in SPLITS
+        for name in manifest["splits"][split]["shards"]
+    )
+    return hashlib.sha256("".join(lines).encode("ascii")).hexdigest()
 
 
 def _check_seal(data: bytes, origin: str) -> None:
@@ -85,8 +122,13 @@ def check_version(document: Mapping[str, Any], origin: str, version: int = SHARD
     raise ShardError(f"{origin}: shard_version: {shown(found)}: expected {version}{hint}")
 
 
-def index_name_of(tar_name: str) -> str:
-    """Name of the index beside a tar."""
+def sums_name_of(tar_name: str) -> str:
+    """Name of the checksums beside a tar."""
+    return f"{tar_name.removesuffix('.tar')}.sums.safetensors"
+
+
+def old_index_name_of(tar_name: str) -> str:
+    """Name of the index that versions 1 and 2 had beside a tar."""
     return f"{tar_name.removesuffix('.tar')}.index.json"
 
 
@@ -100,7 +142,7 @@ def _check_file(name: str, entry: Any, origin: str) -> None:
         raise ShardError(f"{origin}: {field}.sha256: {shown(entry.get('sha256'))}: expected 64 digits of 0-9 a-f")
 
 
-def _check_split(split: str, manifest: Mapping[str, Any], origin: str) -> None:
+def _check_split(split: str, manifest: Mapping[str, Any], beside: Callable[[str], str], origin: str) -> None:
     listed = manifest["splits"].get(split)
     if not isinstance(listed, dict):
         raise ShardError(f"{origin}: splits.{split}: {shown(listed)}: expected an object")
@@ -117,6 +159,6 @@ def _check_split(split: str, manifest: Mapping[str, Any], origin: str) -> None:
         found = _TAR_NAME.fullmatch(name)
         if not found or found[1] != split:
             raise ShardError(f"{origin}: splits.{split}.shards: {shown(name)}: expected {split}-NNNNNN.tar")
-        for file in (name, index_name_of(name)):
+        for file in (name, beside(name)):
             if file not in manifest["files"]:
-                raise ShardError(f"{origin}: files.{file}: absent: expected size and sha256 of every tar and index")
+                raise ShardError(f"{origin}: files.{file}: absent: expected size and sha256 of every file")

@@ -1,95 +1,116 @@
-"""Shard set -> ClipSample, by byte range through the index beside each tar.
+"""Shard set -> ClipSample, by byte range through the index of the set.
 
 Nothing in a shard is executed: a member is either safetensors or JSON, and webdataset's decoders are not used. Every
-byte that is read is checked against the index, and the indexes against the manifest.
+byte that is read is checked: the index against the manifest, a clip's checksums against the index, its bytes against
+these.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from data_shards.clip import read_prefix, read_whole
-from data_shards.files import encode_json, open_plain, parse_json, read_document, read_range
-from data_shards.index import ClipEntry, ShardIndex, check_index
-from data_shards.manifest import check_seal, check_version, index_name_of, read_manifest
-from data_shards.schema import SPLITS, ClipSample, ShardError, fail, shown, tags_of
-
-
-class Place(NamedTuple):
-    """Where a clip lies: its tar and its entry in the index."""
-
-    tar: Path
-    entry: ClipEntry
+from data_shards.columns import header_of, size_of
+from data_shards.files import Folder
+from data_shards.index import INDEX_NAME, MAX_INDEX_BYTES, TAR_BLOCK, SetIndex, decode_index, rounded_up, sums_forms
+from data_shards.manifest import MANIFEST_NAME, check_seal, read_layouts, read_manifest, set_hash, sums_name_of
+from data_shards.rooms import Rooms
+from data_shards.schema import SPLITS, ClipSample, ShardError, fail, tags_of
 
 
 class ShardSet:
     """An opened shard set: `manifest` as it is on disk, and its splits."""
 
-    def __init__(self, root: Path, manifest: dict[str, Any], places: Mapping[str, list[Place]]) -> None:
-        self.root = root
+    def __init__(self, source: Folder, manifest: dict[str, Any]) -> None:
+        """The set in `source` with a manifest whose form has been checked; raises as `open` does."""
+        self.root = source.root
         self.manifest = manifest
-        self._places = places
-
-    @property
-    def hash(self) -> str:
-        """What tells the set from any other, and from itself before a change: hex sha256 of its manifest, which has
-        the hashes of all its files."""
-        own = {key: value for key, value in self.manifest.items() if key != "sha256"}
-        return hashlib.sha256(encode_json(own, str(self.root))).hexdigest()
+        self._source = source
+        self._index = _read_index(source, manifest)
 
     @classmethod
     def open(cls, root: Path) -> ShardSet:
-        """Read manifest and indexes of the set in folder `root`; the tars are not read.
+        """Read manifest and index of the set in folder `root`; checksums and tars are not read, but looked for.
 
-        Raises ShardError for a missing or foreign manifest, another version, a missing tar or index, anything but plain
-        files, a tar of another size (truncated), an index that changed or whose places do not fill its tar, tags that
-        differ between manifest and shards, a key used twice, an identity in two splits, or counts that do not add up.
+        Raises ShardError for a missing or foreign manifest, another version, a missing file, anything but plain files,
+        a file of another size (truncated), an index that changed, clips that do not fill their tars, layouts that are
+        not of the set's extractors, a key used twice, an identity in two splits, or counts that do not add up.
         """
-        manifest = read_manifest(root)
-        places = {
-            split: [
-                Place(root / name, entry)
-                for name in manifest["splits"][split]["shards"]
-                for entry in _open_shard(root, name, manifest).clips
-            ]
-            for split in SPLITS
-        }
-        check_counts(places, manifest, str(root / "manifest.json"))
-        return cls(root, manifest, places)
+        source = Folder(root)
+        return cls(source, read_manifest(source))
+
+    @property
+    def hash(self) -> str:
+        """64 hexadecimal digits that depend on the clips and their order alone (`manifest.set_hash`)."""
+        return set_hash(self.manifest)
 
     def split(self, name: str) -> ShardReader:
         """Reader of "train" or "validation"; ShardError for another name."""
         if name not in SPLITS:
             raise ShardError(f"{self.root}: split: {name!r}: expected one of {', '.join(SPLITS)}")
-        return ShardReader(self.root, self.manifest, self._places[name])
+        train = self._index.train
+        clips = range(train) if name == SPLITS[0] else range(train, len(self._index))
+        return ShardReader(self._source, self.manifest, self._index, clips)
 
     def verify(self) -> None:
-        """Read manifest and every tar to the end; ShardError names the first whose bytes are not those written."""
-        check_seal(self.root)
-        last = {place.tar: place.entry for places in self._places.values() for place in places}
-        for tar, entry in last.items():
-            _check_tar(tar, entry, self.manifest["files"][tar.name]["sha256"])
+        """Read every file to its end; ShardError names the first whose bytes are not those written."""
+        check_seal(self._source)
+        self._check_digest(INDEX_NAME)
+        for number, tar in enumerate(self._index.tars):
+            for name in (sums_name_of(tar), tar):
+                self._check_digest(name)
+            self._check_header(number)
+        self.check_ends()
+
+    def _check_digest(self, name: str) -> None:
+        digest, expected = self._source.digest(name), self.manifest["files"][name]["sha256"]
+        if digest != expected:
+            raise ShardError(f"{self._source.label(name)}: sha256 {digest}: expected {expected}, the manifest's")
+
+    def check_ends(self) -> None:
+        """ShardError for a tar that does not end behind its last clip: other readers would see more members."""
+        for number, tar in enumerate(self._index.tars):
+            last = self._index.place(self._index.first[number + 1] - 1)
+            members = rounded_up(last.record_bytes, TAR_BLOCK) + rounded_up(last.layout.size, TAR_BLOCK)
+            end = last.start + 2 * TAR_BLOCK + members
+            room = bytearray(self.manifest["files"][tar]["bytes"] - end)
+            self._source.fill(tar, [(end, memoryview(room))])
+            if room.strip(b"\0"):
+                label = self._source.label(tar)
+                raise ShardError(f"{label}: bytes behind the last member: expected zeros from {end} on")
+
+    def _check_header(self, number: int) -> None:
+        """The header of the checksums, which other readers of the file see."""
+        name, first = sums_name_of(self._index.tars[number]), self._index.first
+        header = header_of(sums_forms(first[number + 1] - first[number], self._index.layouts[0].words))
+        room = bytearray(len(header))
+        self._source.fill(name, [(0, memoryview(room))])
+        if room != header:
+            raise ShardError(f"{self._source.label(name)}: another header: expected that of one column of checksums")
 
 
 class ShardReader:
     """The clips of one split, in the order in which they were written. Safe to use from several threads."""
 
-    def __init__(self, root: Path, manifest: Mapping[str, Any], places: list[Place]) -> None:
-        self.root = root
+    def __init__(self, source: Folder, manifest: Mapping[str, Any], index: SetIndex, clips: range) -> None:
+        self.root = source.root
         self.manifest = manifest
-        self._places = places
+        self._source = source
+        self._index = index
+        self._clips = clips
+        self._tags = tags_of(manifest["extractors"])
+        self._rooms = Rooms()
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._clips)
 
     @property
     def keys(self) -> list[str]:
         """Key of every clip."""
-        return [place.entry.key for place in self._places]
+        return self._index.keys(self._clips.start, self._clips.stop)
 
     @property
     def frames(self) -> int:
@@ -101,90 +122,41 @@ class ShardReader:
 
         With `frames`, only the first `frames` latent frames: a crop, which is always a prefix. Its audio has `beyond`
         latent frames more, or as many as the clip has: windows with c frames (50 Hz) of context look beyond the crop
-        and are those of the whole clip if `beyond` is at least c / 8, rounded up. Only these bytes and the JSON member
-        are read, each frame under its own checksum; `frames` equal to F reads and checks the whole clip.
-        Raises ShardError naming tar, sample and field for damage of any kind or `frames` outside 1..F, IndexError for
+        and are those of the whole clip if `beyond` is at least c / 8, rounded up. Only these bytes, the clip's
+        checksums and the JSON member are read, each frame under its own checksum; `frames` equal to F reads and checks
+        the whole clip, tar headers included. The tensors share one piece of memory, which is the caller's own until
+        the last of them is gone.
+        Raises ShardError naming file, sample and field for damage of any kind or `frames` outside 1..F, IndexError for
         an index out of range, ValueError for a negative `beyond`.
         """
-        if not 0 <= index < len(self._places):
-            raise IndexError(f"clip {index} of {self.root}: expected 0 to {len(self._places) - 1}")
+        if not 0 <= index < len(self._clips):
+            raise IndexError(f"clip {index} of {self.root}: expected 0 to {len(self._clips) - 1}")
         if beyond < 0:
             raise ValueError(f"beyond: {beyond}: expected at least 0 latent frames")
-        tar, entry = self._places[index]
-        origin, extractors = str(tar), self.manifest["extractors"]
-        if frames is not None and not 1 <= frames <= entry.frames:
-            raise fail(origin, entry.key, "frames", frames, f"1 to {entry.frames}, the latent frames of the clip")
-        try:
-            with open_plain(tar) as file:
-                if frames is None or frames == entry.frames:
-                    return read_whole(file, entry, origin, extractors)
-                return read_prefix(file, entry, origin, extractors, frames, min(beyond, entry.frames - frames))
-        except OSError as error:
-            raise ShardError(f"{origin}: sample {entry.key!r}: {error}: expected a readable tar") from None
+        place = self._index.place(self._clips[index])
+        most = place.layout.frames
+        if frames is not None and not 1 <= frames <= most:
+            origin = self._source.label(place.tar)
+            raise fail(origin, place.key, "frames", frames, f"1 to {most}, the latent frames of the clip")
+        if frames is None or frames == most:
+            return read_whole(self._source, place, self._tags, self._rooms)
+        beyond = min(beyond, most - frames)
+        return read_prefix(self._source, place, self._tags, self._rooms, frames, beyond)
 
 
-def _open_shard(root: Path, name: str, manifest: Mapping[str, Any]) -> ShardIndex:
-    tar, path = root / name, root / index_name_of(name)
-    with open_plain(tar) as file:
-        size = os.fstat(file.fileno()).st_size
-    data = read_document(path)
-    document = parse_json(data, str(path))
-    check_version(document, str(path))
-    tags = tags_of(manifest["extractors"])
-    if document.get("extractors") != tags:
-        raise ShardError(
-            f"{path}: extractors: {shown(document.get('extractors'))}: expected {tags}, the manifest's tags"
-        )
-    digest = hashlib.sha256(data).hexdigest()
-    expected = manifest["files"][path.name]["sha256"]
+def _read_index(source: Folder, manifest: Mapping[str, Any]) -> SetIndex:
+    layouts = read_layouts(manifest, source.label(MANIFEST_NAME))
+    data, files = source.document(INDEX_NAME, MAX_INDEX_BYTES), manifest["files"]
+    digest, expected = hashlib.sha256(data).hexdigest(), files[INDEX_NAME]["sha256"]
     if digest != expected:
-        raise ShardError(f"{path}: sha256 {digest}: expected {expected}, the manifest's")
-    index = check_index(document, name, str(path))
-    if size != index.bytes:
-        raise ShardError(f"{tar}: {size} bytes: expected {index.bytes}, as in its index (truncated or changed)")
-    if manifest["files"][name]["bytes"] != index.bytes:
-        listed = manifest["files"][name]["bytes"]
-        raise ShardError(f"{root / 'manifest.json'}: files.{name}.bytes: {listed}: expected {index.bytes}, the tar's")
+        raise ShardError(f"{source.label(INDEX_NAME)}: sha256 {digest}: expected {expected}, the manifest's")
+    index = decode_index(data, manifest, layouts, source)
+    for number, tar in enumerate(index.tars):
+        name, clips = sums_name_of(tar), index.first[number + 1] - index.first[number]
+        size, found = size_of(sums_forms(clips, layouts[0].words)), source.size(name)
+        if found != size:
+            raise ShardError(f"{source.label(name)}: {found} bytes: expected {size}, the checksums of {clips} clips")
+        if files[name]["bytes"] != size:
+            listed = files[name]["bytes"]
+            raise ShardError(f"{source.label(MANIFEST_NAME)}: files.{name}.bytes: {listed}: expected {size}")
     return index
-
-
-def _check_tar(tar: Path, last: ClipEntry, expected: str) -> None:
-    """Its sum, and that it ends behind its last clip: more members would be seen by other readers only."""
-    with open_plain(tar) as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != expected:
-            raise ShardError(f"{tar}: sha256 {digest}: expected {expected}, the manifest's")
-        end = last.payload.offset + last.payload.size
-        if read_range(file, end, os.fstat(file.fileno()).st_size - end).strip(b"\0"):
-            raise ShardError(f"{tar}: bytes behind the last member: expected zeros from {end} on")
-
-
-def check_counts(places: Mapping[str, list[Place]], manifest: Mapping[str, Any], origin: str) -> None:
-    """ShardError unless the clips of all splits are as many, and of those identities, as the manifest says."""
-    split_of: dict[str, str] = {}
-    seen: set[str] = set()
-    for split, clips in places.items():
-        listed = manifest["splits"][split]
-        identities = frozenset(listed["identities"])
-        if len(clips) != listed["samples"]:
-            raise ShardError(
-                f"{origin}: splits.{split}.samples: {listed['samples']}: expected {len(clips)}, the indexes'"
-            )
-        for place in clips:
-            key, identity = place.entry.key, place.entry.identity
-            if place.entry.frames != manifest["frames"]:
-                value = f"{place.entry.frames} latent frames"
-                raise fail(str(place.tar), key, "frames", value, f"{manifest['frames']}, the manifest's frames")
-            if key in seen:
-                raise fail(str(place.tar), key, "key", key, "a key that no other clip of the set has")
-            seen.add(key)
-            if split_of.setdefault(identity, split) != split:
-                raise fail(
-                    str(place.tar), key, "identity", identity, f"an identity that is not in {split_of[identity]}"
-                )
-            if identity not in identities:
-                expected = f"one that the manifest lists under splits.{split}"
-                raise fail(str(place.tar), key, "identity", identity, expected)
-        unused = identities - {place.entry.identity for place in clips}
-        if unused:
-            raise ShardError(f"{origin}: splits.{split}.identities: {shown(min(unused))}: expected one that has a clip")

@@ -1,91 +1,79 @@
-"""One tar that is being written and the index beside it, and what an interrupted build leaves of both."""
+"""One tar that is being written and the checksums beside it, the index of all, and what an interrupted build leaves."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
 import tarfile
-import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 from webdataset.writer import TarWriter
+from xxhash import xxh3_64_intdigest
 
-from data_shards.files import MAX_JSON_BYTES, PARTIAL, encode_json, parse_json, publish
-from data_shards.index import MAX_CLIPS, check_index
-from data_shards.manifest import index_name_of
-from data_shards.payload import tensor_table
-from data_shards.schema import SHARD_VERSION, SPLITS, ClipSample, tags_of
+from data_shards.columns import encode_columns
+from data_shards.files import PARTIAL, publish
+from data_shards.index import INDEX_NAME, TAR_BLOCK, ClipFacts, encode_index, rounded_up, sums_forms
+from data_shards.layout import Layout, pack_row, row_of
+from data_shards.manifest import MANIFEST_NAME, sums_name_of
+from data_shards.schema import SPLITS, ShardError, shown
 
+_STEM = rf"(?:{'|'.join(SPLITS)})-[0-9]{{6}}"
 _OWN_FILE = re.compile(
-    rf"(?:{'|'.join(SPLITS)})-[0-9]{{6}}\.(?:tar|index\.json)(?:{re.escape(PARTIAL)})?|manifest\.json{re.escape(PARTIAL)}"
+    rf"(?:{_STEM}\.(?:tar|sums\.safetensors|index\.json)|{re.escape(INDEX_NAME)})(?:{re.escape(PARTIAL)})?"
+    rf"|{re.escape(MANIFEST_NAME)}{re.escape(PARTIAL)}"
 )
-_MOST_INDEX_BYTES = MAX_JSON_BYTES - 2**16
-_UNPLACED = 256  # digits that an entry gains with the offsets
+
+
+class Written(NamedTuple):
+    """What index and checksums keep of a clip that is in a tar."""
+
+    key: str
+    identity: str
+    layout: Layout
+    record_bytes: int
+    row: bytes
+
+
+def written(key: str, identity: str, record: bytes | bytearray, payload: bytes | bytearray, layout: Layout) -> Written:
+    """Of a clip with these two members."""
+    return Written(key, identity, layout, len(record), pack_row(row_of(record, payload, layout)))
 
 
 class Shard:
-    """One tar that is being written, with the entries of its index."""
+    """One tar that is being written."""
 
-    def __init__(self, root: Path, stem: str, extractors: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(self, root: Path, stem: str) -> None:
         self.tar_name = f"{stem}.tar"
         self.bytes = 0
+        self.clips: list[Written] = []
         self._root = root
-        self._extractors = extractors
-        self._entries: list[dict[str, Any]] = []
-        self._index_bytes = 0
         self._file: BinaryIO = open(root / (self.tar_name + PARTIAL), "wb")  # noqa: SIM115 - closed in close()
         # A fixed time and owner: the same clips give the same bytes on every machine.
         self._tar = TarWriter(self._file, user="dualforce", group="dualforce", mtime=0, encoder=False, compress=False)
 
-    @property
-    def full(self) -> bool:
-        """Whether another clip could make the index larger than readers accept."""
-        return len(self._entries) >= MAX_CLIPS or self._index_bytes > _MOST_INDEX_BYTES
-
-    def add(self, sample: ClipSample, payload: bytes, record: bytes) -> None:
-        """Append the clip, encoded as its two members."""
-        self._tar.write({"__key__": sample.key, "safetensors": payload, "json": record})
+    def add(self, key: str, identity: str, record: bytes, payload: bytes, layout: Layout) -> None:
+        """Append a clip, encoded as its two members."""
+        self._tar.write({"__key__": key, "safetensors": payload, "json": record})
         self.bytes += len(payload) + len(record)
-        members = {kind: {"crc32": zlib.crc32(data)} for kind, data in (("safetensors", payload), ("json", record))}
-        entry = {
-            "key": sample.key,
-            "identity": sample.identity,
-            "frames": sample.frames,
-            "members": members,
-            "tensors": tensor_table(payload, f"{self.tar_name}: sample {sample.key!r}"),
-        }
-        self._entries.append(entry)
-        self._index_bytes += len(encode_json(entry, self.tar_name)) + _UNPLACED
+        self.clips.append(written(key, identity, record, payload, layout))
 
     def close(self) -> dict[str, dict[str, Any]]:
-        """Publish tar and index; size and sha256 of both by name."""
+        """Publish the tar and its checksums; size and sha256 of both by name."""
         self._tar.close()
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
         partial = self._root / (self.tar_name + PARTIAL)
-        # Offsets come from reading the tar back, so an index never disagrees with what tar itself sees.
-        with tarfile.open(partial, "r:") as tar:
-            places = {member.name: (member.offset_data, member.size) for member in tar}
-        for entry in self._entries:
-            for kind, member in entry["members"].items():
-                member["name"] = f"{entry['key']}.{kind}"
-                member["offset"], member["size"] = places[member["name"]]
-            place_tensors(entry)
+        check_places(partial, self.clips)
         with open(partial, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        index = {
-            "shard_version": SHARD_VERSION,
-            "shard": self.tar_name,
-            "bytes": partial.stat().st_size,
-            "extractors": tags_of(self._extractors),
-            "samples": self._entries,
-        }
-        return publish_shard(self._root, index, digest)
+        return publish_shard(self._root, self.tar_name, self.clips, digest)
 
     def abandon(self) -> None:
         """Give the file handle back without publishing."""
@@ -94,24 +82,55 @@ class Shard:
                 file.close()
 
 
-def place_tensors(entry: dict[str, Any]) -> None:
-    """Turn offsets within the safetensors member (`tensor_table`) into offsets in the tar."""
-    for tensor in entry["tensors"].values():
-        tensor["offset"] += entry["members"]["safetensors"]["offset"]
+def check_places(tar_path: Path, clips: Sequence[Written]) -> None:
+    """ShardError unless the members of a tar are those of the clips, each where readers will look for it."""
+    with tarfile.open(tar_path, "r:") as tar:
+        found = [(member.name, member.offset_data, member.size) for member in tar]
+    expected, end = [], 0
+    for clip in clips:
+        for kind, size in (("json", clip.record_bytes), ("safetensors", clip.layout.size)):
+            expected.append((f"{clip.key}.{kind}", end + TAR_BLOCK, size))
+            end += TAR_BLOCK + rounded_up(size, TAR_BLOCK)
+    if found != expected:
+        pairs = itertools.zip_longest(found, expected, fillvalue=None)
+        number, real, wanted = next((i, *pair) for i, pair in enumerate(pairs) if pair[0] != pair[1])
+        raise ShardError(f"{tar_path}: member {number}: {shown(real)}: expected {wanted}, in sequence")
 
 
-def publish_shard(root: Path, index: Mapping[str, Any], digest: str) -> dict[str, dict[str, Any]]:
-    """Give the finished partial tar its name and write the index beside it; size and sha256 of both by name."""
-    tar_name, index_name = index["shard"], index_name_of(index["shard"])
-    data = encode_json(index, index_name)
-    # As a reader will see it: a set that no reader accepts must not be published.
-    check_index(parse_json(data, index_name), tar_name, index_name)
-    os.replace(root / (tar_name + PARTIAL), root / tar_name)
-    publish(root / index_name, data)
+def publish_shard(root: Path, tar_name: str, clips: Sequence[Written], digest: str) -> dict[str, dict[str, Any]]:
+    """Give the finished partial tar its name and write the checksums beside it; size and sha256 of both by name."""
+    words, rows = clips[0].layout.words, b"".join(clip.row for clip in clips)
+    forms = sums_forms(len(clips), words)
+    data = encode_columns(forms, {"xxh3_64": np.frombuffer(rows, "<u8")})
+    partial = root / (tar_name + PARTIAL)
+    size = partial.stat().st_size
+    os.replace(partial, root / tar_name)
+    publish(root / sums_name_of(tar_name), data)
     return {
-        tar_name: {"bytes": index["bytes"], "sha256": digest},
-        index_name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()},
+        tar_name: {"bytes": size, "sha256": digest},
+        sums_name_of(tar_name): {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()},
     }
+
+
+def publish_index(
+    root: Path, shards: Mapping[str, Sequence[Sequence[Written]]], identities: Mapping[str, Sequence[str]]
+) -> tuple[list[str], dict[str, dict[str, Any]]]:
+    """Write the index of the clips of all shards of each split; the manifest's layouts, and size and sha256 by name.
+
+    `identities` are those of each split, in order. Layouts are put in order too, so that the same clips give the same
+    index however they came together.
+    """
+    texts = sorted({clip.layout.text for shard in _all(shards) for clip in shard})
+    number_of = {text: number for number, text in enumerate(texts)}
+    facts = []
+    for split in SPLITS:
+        numbers = {name: number for number, name in enumerate(identities[split])}
+        for clip in (clip for shard in shards[split] for clip in shard):
+            layout, total = number_of[clip.layout.text], xxh3_64_intdigest(clip.row)
+            facts.append(ClipFacts(clip.key, numbers[clip.identity], layout, clip.record_bytes, total))
+    data = encode_index(facts, [len(shard) for shard in _all(shards)])
+    publish(root / INDEX_NAME, data)
+    return texts, {INDEX_NAME: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}}
 
 
 def remove_own_files(root: Path) -> None:
@@ -119,3 +138,7 @@ def remove_own_files(root: Path) -> None:
     for path in root.iterdir():
         if _OWN_FILE.fullmatch(path.name):
             path.unlink()
+
+
+def _all(shards: Mapping[str, Sequence[Sequence[Written]]]) -> Iterable[Sequence[Written]]:
+    return (shard for split in SPLITS for shard in shards[split])

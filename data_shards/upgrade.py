@@ -1,29 +1,30 @@
 """A shard set of an older version -> a new set of this version.
 
-The tars stay byte for byte; indexes and manifest are made anew. Every tar is checked against the old manifest while it
-is copied, and every clip is read whole, against the old checksums, before the new manifest says that the set is one.
+The tars stay byte for byte; all else is made anew. Every tar is checked against the old manifest while it is copied,
+every clip against the old checksums; and then the new set is read, whole, before a manifest says that it is one.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from data_shards.clip import read_member, read_whole
-from data_shards.files import PARTIAL, open_plain, parse_json, publish, read_document, sync_folder
-from data_shards.index import MAX_CLIPS, ClipEntry, check_index, check_member, check_names
-from data_shards.manifest import check_version, index_name_of, read_manifest, sealed
-from data_shards.payload import tensor_table
-from data_shards.reader import Place, check_counts
+from data_shards.files import PARTIAL, Folder, parse_json, publish, sync_folder
+from data_shards.layout import Layout, header_text, parse_layout
+from data_shards.manifest import (
+    MANIFEST_NAME,
+    check_version,
+    old_index_name_of,
+    read_manifest,
+    sealed,
+)
+from data_shards.old_index import OldClip, check_bytes, old_clips, tensors_of_1, tensors_of_2
+from data_shards.reader import ShardSet
 from data_shards.schema import SHARD_VERSION, SPLITS, ShardError, fail, shown, tags_of
-from data_shards.shard import place_tensors, publish_shard, remove_own_files
-
-_BLOCK = 2**20
+from data_shards.shard import Written, publish_index, publish_shard, remove_own_files, written
 
 
 def upgrade(root: Path, out: Path) -> dict[str, Any]:
@@ -34,23 +35,24 @@ def upgrade(root: Path, out: Path) -> dict[str, Any]:
     Raises ShardError for damage of any kind, a set that has this version already or that no rule leads from, an `out`
     that holds a set or lies inside `root`.
     """
-    version = _version_of(root)
+    source = Folder(root)
+    version = _version_of(source)
     _check_out(root, out)
-    manifest = read_manifest(root, version)
+    manifest = read_manifest(source, version)
     is_new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     try:
         remove_own_files(out)
         files: dict[str, dict[str, Any]] = {}
-        places: dict[str, list[Place]] = {split: [] for split in SPLITS}
+        shards: dict[str, list[list[Written]]] = {split: [] for split in SPLITS}
         for split in SPLITS:
             for name in manifest["splits"][split]["shards"]:
-                clips, made = _upgrade_shard(root, out, name, manifest, version)
+                clips, made = _upgrade_shard(source, out, name, manifest, version)
                 files.update(made)
-                places[split] += [Place(root / name, clip) for clip in clips]
-        check_counts(places, manifest, str(root / "manifest.json"))
-        new, data = sealed({**manifest, "shard_version": SHARD_VERSION, "files": files}, str(out / "manifest.json"))
-        publish(out / "manifest.json", data)
+                shards[split].append(clips)
+        new, data = _new_manifest(source, manifest, shards, files, out)
+        _read_all(ShardSet(Folder(out, called=root), new))
+        publish(out / MANIFEST_NAME, data)
         sync_folder(out)
     except BaseException:
         remove_own_files(out)
@@ -61,12 +63,12 @@ def upgrade(root: Path, out: Path) -> dict[str, Any]:
     return new
 
 
-def _version_of(root: Path) -> int:
-    path = root / "manifest.json"
-    version = parse_json(read_document(path), str(path)).get("shard_version")
+def _version_of(source: Folder) -> int:
+    label = source.label(MANIFEST_NAME)
+    version = parse_json(source.document(MANIFEST_NAME), label).get("shard_version")
     if type(version) is not int or version not in _RULES:
         older = ", ".join(map(str, _RULES))
-        raise ShardError(f"{path}: shard_version: {shown(version)}: expected an older one ({older}) to upgrade")
+        raise ShardError(f"{label}: shard_version: {shown(version)}: expected an older one ({older}) to upgrade")
     return version
 
 
@@ -78,71 +80,99 @@ def _check_out(root: Path, out: Path) -> None:
 
 
 def _upgrade_shard(
-    root: Path, out: Path, name: str, manifest: Mapping[str, Any], version: int
-) -> tuple[list[ClipEntry], dict[str, dict[str, Any]]]:
-    index = _old_index(root, name, manifest, version)
-    partial = out / (name + PARTIAL)
-    digest = _copy(root / name, partial, manifest["files"][name])
-    origin = str(root / name)
-    with open_plain(partial) as tar:
-        for step in range(version, SHARD_VERSION):
-            index = {**_RULES[step](index, tar, origin), "shard_version": step + 1}
-        checked = check_index(index, name, str(root / index_name_of(name)))
-        for clip in checked.clips:
-            read_whole(tar, clip, origin, manifest["extractors"])
-    return checked.clips, publish_shard(out, index, digest)
+    source: Folder, out: Path, name: str, manifest: Mapping[str, Any], version: int
+) -> tuple[list[Written], dict[str, dict[str, Any]]]:
+    label, partial = source.label(name), name + PARTIAL
+    old = old_clips(_old_index(source, name, manifest, version), name, source.label(old_index_name_of(name)))
+    digest = _copy(source, name, out / partial, manifest["files"][name])
+    layouts: dict[str, Layout] = {}
+    clips = []
+    for clip in old:
+        record, payload = bytearray(clip.record.size), bytearray(clip.payload.size)
+        ranges = [(clip.record.offset, memoryview(record)), (clip.payload.offset, memoryview(payload))]
+        Folder(out).fill(partial, ranges)
+        check_bytes(clip, record, payload, label)
+        place = f"{label}: sample {clip.key!r}: {clip.key}.safetensors"
+        text = header_text(payload, place)
+        if text not in layouts:
+            layouts[text] = parse_layout(text, manifest["extractors"], place)
+        _check_old(clip, payload, layouts[text], manifest, _RULES[version], label)
+        clips.append(written(clip.key, clip.identity, record, payload, layouts[text]))
+    return clips, publish_shard(out, name, clips, digest)
 
 
-def _old_index(root: Path, name: str, manifest: Mapping[str, Any], version: int) -> dict[str, Any]:
-    path = root / index_name_of(name)
-    data = read_document(path)
-    digest, expected = hashlib.sha256(data).hexdigest(), manifest["files"][path.name]["sha256"]
+def _check_old(
+    clip: OldClip, payload: bytearray, layout: Layout, manifest: Mapping[str, Any], rule: Rule, origin: str
+) -> None:
+    for what, real, stated in (
+        ("size", layout.size, clip.payload.size),
+        ("frames", layout.frames, clip.frames),
+        ("frames", manifest["frames"], clip.frames),
+        ("tensors", rule(clip, payload, layout), clip.tensors),
+    ):
+        if real != stated:
+            raise fail(origin, clip.key, what, shown(stated), f"{shown(real)}, those of the safetensors member")
+
+
+def _new_manifest(
+    source: Folder,
+    manifest: Mapping[str, Any],
+    shards: Mapping[str, list[list[Written]]],
+    files: Mapping[str, Any],
+    out: Path,
+) -> tuple[dict[str, Any], bytes]:
+    splits = {name: {**manifest["splits"][name]} for name in SPLITS}
+    for name, split in splits.items():
+        count = sum(map(len, shards[name]))
+        if count != split["samples"]:
+            field = f"{source.label(MANIFEST_NAME)}: splits.{name}.samples"
+            raise ShardError(f"{field}: {split['samples']}: expected {count}, the indexes'")
+        split["identities"] = sorted(split["identities"])
+        known = set(split["identities"])
+        for tar, clips in zip(split["shards"], shards[name], strict=True):
+            for clip in clips:
+                if clip.identity not in known:
+                    expected = f"one that the manifest lists under splits.{name}"
+                    raise fail(source.label(tar), clip.key, "identity", clip.identity, expected)
+    layouts, made = publish_index(out, shards, {name: splits[name]["identities"] for name in SPLITS})
+    new = {**manifest, "shard_version": SHARD_VERSION, "splits": splits, "layouts": layouts}
+    return sealed({**new, "files": {**files, **made}}, str(out / MANIFEST_NAME))
+
+
+def _read_all(opened: ShardSet) -> None:
+    for name in SPLITS:
+        reader = opened.split(name)
+        for index in range(len(reader)):
+            reader.read(index)
+    opened.check_ends()
+
+
+def _old_index(source: Folder, name: str, manifest: Mapping[str, Any], version: int) -> dict[str, Any]:
+    file = old_index_name_of(name)
+    label, data = source.label(file), source.document(file)
+    digest, expected = hashlib.sha256(data).hexdigest(), manifest["files"][file]["sha256"]
     if digest != expected:
-        raise ShardError(f"{path}: sha256 {digest}: expected {expected}, the manifest's")
-    index = parse_json(data, str(path))
-    check_version(index, str(path), version)
+        raise ShardError(f"{label}: sha256 {digest}: expected {expected}, the manifest's")
+    index = parse_json(data, label)
+    check_version(index, label, version)
     tags = tags_of(manifest["extractors"])
     if index.get("extractors") != tags:
-        raise ShardError(f"{path}: extractors: {shown(index.get('extractors'))}: expected {tags}, the manifest's tags")
+        raise ShardError(f"{label}: extractors: {shown(index.get('extractors'))}: expected {tags}, the manifest's tags")
     return index
 
 
-def _copy(source: Path, target: Path, expected: Mapping[str, Any]) -> str:
+def _copy(source: Folder, name: str, target: Path, expected: Mapping[str, Any]) -> str:
     """Copy a tar; its sha256, which is that of the manifest."""
-    digest = hashlib.sha256()
-    with open_plain(source) as old, open(target, "wb") as new:
-        size = os.fstat(old.fileno()).st_size
-        if size != expected["bytes"]:
-            raise ShardError(f"{source}: {size} bytes: expected {expected['bytes']}, the manifest's (truncated)")
-        while block := old.read(_BLOCK):
-            digest.update(block)
-            new.write(block)
-        new.flush()
-        os.fsync(new.fileno())
-    if digest.hexdigest() != expected["sha256"]:
-        raise ShardError(f"{source}: sha256 {digest.hexdigest()}: expected {expected['sha256']}, the manifest's")
-    return digest.hexdigest()
+    label, size = source.label(name), source.size(name)
+    if size != expected["bytes"]:
+        raise ShardError(f"{label}: {size} bytes: expected {expected['bytes']}, the manifest's (truncated)")
+    digest = source.copy(name, target)
+    if digest != expected["sha256"]:
+        raise ShardError(f"{label}: sha256 {digest}: expected {expected['sha256']}, the manifest's")
+    return digest
 
 
-def _from_1(index: Mapping[str, Any], tar: FileIO, origin: str) -> dict[str, Any]:
-    """Version 2 records where each tensor lies, and a checksum of each of its latent frames."""
-    samples = index.get("samples")
-    if not isinstance(samples, list) or len(samples) > MAX_CLIPS:
-        value = f"{len(samples)} samples" if isinstance(samples, list) else shown(samples)
-        raise ShardError(f"{origin}: samples: {value}: expected a list of at most {MAX_CLIPS} clips")
-    entries = []
-    for sample in samples:
-        key = check_names(sample if isinstance(sample, dict) else {}, origin)[0]
-        payload = read_member(tar, key, check_member(sample, "safetensors", origin), origin)
-        table = tensor_table(payload, f"{origin}: sample {key!r}: {key}.safetensors")
-        stated = {name: {"dtype": tensor["dtype"], "shape": tensor["shape"]} for name, tensor in table.items()}
-        if sample.get("tensors") != stated:
-            raise fail(origin, key, "tensors", shown(sample.get("tensors")), "those of the safetensors member")
-        entry = {**sample, "tensors": table}
-        place_tensors(entry)
-        entries.append(entry)
-    return {**index, "samples": entries}
+Rule = Callable[[OldClip, bytearray, Layout], dict[str, dict[str, Any]]]
 
-
-# Version -> what turns the index of a shard, whose tar is at hand, into one of the next version.
-_RULES: dict[int, Callable[[Mapping[str, Any], FileIO, str], dict[str, Any]]] = {1: _from_1}
+# Version -> what its index must say of the tensors of a clip. What this version says is made from the bytes alone.
+_RULES: dict[int, Rule] = {1: tensors_of_1, 2: tensors_of_2}

@@ -1,4 +1,4 @@
-"""ClipSample -> tar shards, their indexes and the manifest.
+"""ClipSample -> tar shards, their checksums, the index and the manifest.
 
 Every file is written under a temporary name, flushed to the disk and renamed; the manifest comes last, so a folder with
 a manifest is complete. Equal samples in equal order give equal bytes.
@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from safetensors.torch import save as encode_tensors
 
+from data_shards.columns import size_of
 from data_shards.files import encode_json, parse_json, publish, sync_folder
+from data_shards.index import MAX_CLIPS, MAX_INDEX_BYTES, MAX_TARS, index_forms
+from data_shards.layout import Layout, header_text, parse_layout
 from data_shards.manifest import sealed
 from data_shards.moments import StreamMoments
 from data_shards.schema import (
@@ -32,7 +35,7 @@ from data_shards.schema import (
     tags_of,
     validate,
 )
-from data_shards.shard import Shard, remove_own_files
+from data_shards.shard import Shard, publish_index, remove_own_files
 
 
 class ShardSetWriter:
@@ -56,7 +59,9 @@ class ShardSetWriter:
         self._extractors = extractors
         self._shard_bytes = shard_bytes
         self._open: dict[str, Shard] = {}
-        self._shards: dict[str, list[str]] = {split: [] for split in SPLITS}
+        self._shards: dict[str, list[Shard]] = {split: [] for split in SPLITS}
+        self._layouts: dict[str, Layout] = {}
+        self._key_bytes = 0
         self._files: dict[str, dict[str, Any]] = {}
         self._samples = dict.fromkeys(SPLITS, 0)
         self._split_of: dict[str, str] = {}
@@ -92,16 +97,16 @@ class ShardSetWriter:
             if len(data) > most:
                 raise fail(str(self._root), sample.key, name, f"{len(data)} bytes", f"at most {most}")
         shard = self._open.get(split)
-        more = len(payload) + len(record)
-        if shard is not None and (shard.full or shard.bytes + more > self._shard_bytes):
+        if shard is not None and shard.bytes + len(payload) + len(record) > self._shard_bytes:
             self._close(split)
             shard = None
         if shard is None:
-            shard = Shard(self._root, f"{split}-{len(self._shards[split]):06d}", self._extractors)
+            shard = Shard(self._root, f"{split}-{len(self._shards[split]):06d}")
             self._open[split] = shard
-            self._shards[split].append(shard.tar_name)
-        shard.add(sample, payload, record)
+            self._shards[split].append(shard)
+        shard.add(sample.key, sample.identity, record, payload, self._layout(payload, sample.key))
         self._keys.add(sample.key)
+        self._key_bytes += len(sample.key) + 1
         self._split_of[sample.identity] = split
         self._samples[split] += 1
         if split == "train":
@@ -117,14 +122,19 @@ class ShardSetWriter:
             raise ShardError(f"{self._root}: train: 0 samples: expected at least 1 clip to train on")
         for split in list(self._open):
             self._close(split)
+        splits = {split: self._describe(split) for split in SPLITS}
+        shards = {split: [shard.clips for shard in self._shards[split]] for split in SPLITS}
+        identities = {split: splits[split]["identities"] for split in SPLITS}
+        layouts, files = publish_index(self._root, shards, identities)
         manifest = {
             "shard_version": SHARD_VERSION,
             "extractors": self._extractors,
             "fps": FPS,
             "pixel_size": PIXELS_PER_LATENT * self._extractors["video"]["height"],
             "frames": self._lengths[0],
-            "splits": {split: self._describe(split) for split in SPLITS},
-            "files": self._files,
+            "splits": splits,
+            "files": {**self._files, **files},
+            "layouts": layouts,
             "statistics": self._moments.statistics(str(self._root)),
             "rejected": rejected,
             "info": info,
@@ -142,6 +152,7 @@ class ShardSetWriter:
         if split not in SPLITS:
             raise fail(origin, sample.key, "split", split, " or ".join(SPLITS))
         validate(sample, origin, self._extractors)
+        self._check_room(sample.key)
         if sample.key in self._keys:
             raise fail(origin, sample.key, "key", sample.key, "a key that no other clip of the set has")
         other = self._split_of.get(sample.identity, split)
@@ -153,9 +164,26 @@ class ShardSetWriter:
             if value != expected:
                 raise fail(origin, sample.key, name, f"length {value}", f"{expected}, as in the set's first clip")
 
+    def _check_room(self, key: str) -> None:
+        """Readers refuse a larger index."""
+        clips, tars = len(self._keys) + 1, sum(map(len, self._shards.values())) + 1
+        size = size_of(index_forms(clips, self._key_bytes + len(key) + 1, tars))
+        if clips > MAX_CLIPS or tars > MAX_TARS or size > MAX_INDEX_BYTES:
+            value = f"{clips} clips in {tars} tars, {size} bytes"
+            expected = f"at most {MAX_CLIPS}, {MAX_TARS} and {MAX_INDEX_BYTES}"
+            raise fail(str(self._root), key, "index", value, expected)
+
     def _describe(self, split: str) -> dict[str, Any]:
         identities = sorted(name for name, where in self._split_of.items() if where == split)
-        return {"shards": self._shards[split], "samples": self._samples[split], "identities": identities}
+        shards = [shard.tar_name for shard in self._shards[split]]
+        return {"shards": shards, "samples": self._samples[split], "identities": identities}
+
+    def _layout(self, payload: bytes, key: str) -> Layout:
+        place = f"{self._root}: sample {key!r}: safetensors"
+        text = header_text(payload, place)
+        if text not in self._layouts:
+            self._layouts[text] = parse_layout(text, self._extractors, place)
+        return self._layouts[text]
 
     def _close(self, split: str) -> None:
         self._files.update(self._open.pop(split).close())

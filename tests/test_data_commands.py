@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.fake_shards import age_to_version_1, rewrite, rewrite_manifest
 from helpers.people_shards import file_bytes, read_clips, write_people
+from helpers.shard_edits import age, rewrite, rewrite_manifest
 
 from data_shards.reader import ShardSet
 from dualforce import cli
@@ -65,7 +65,7 @@ def damage_padding(tar: Path) -> None:
 def test_whole_set_has_no_fault(root: Path, run: Run, options: tuple[str, ...]) -> None:
     before = file_bytes(root)
     clips = 4 if options else 0
-    assert run("verify", root, *options) == (0, f"0 faults: 8 files and {clips} clips checked\n", "")
+    assert run("verify", root, *options) == (0, f"0 faults: 9 files and {clips} clips checked\n", "")
     assert file_bytes(root) == before
 
 
@@ -74,7 +74,7 @@ def test_damage_is_listed_completely(root: Path, run: Run, tmp_path: Path) -> No
     damage(root / "validation-000000.tar")
     code, out, err = run("verify", root, "--json", tmp_path / "f.json")
     lines = out.splitlines()
-    assert code == 1 and err == "" and lines[2:] == ["2 faults: 8 files and 0 clips checked"]
+    assert code == 1 and err == "" and lines[2:] == ["2 faults: 9 files and 0 clips checked"]
     assert [line.split(": ")[0] for line in lines[:2]] == [
         str(root / f"{n}-000000.tar") for n in ("train", "validation")
     ]
@@ -83,7 +83,7 @@ def test_damage_is_listed_completely(root: Path, run: Run, tmp_path: Path) -> No
 
     code, out, _ = run("verify", root, "--samples", "--json", tmp_path / "f.json")
     lines = out.splitlines()
-    assert code == 1 and lines[2:] == ["2 faults: 8 files and 4 clips checked"]
+    assert code == 1 and lines[2:] == ["2 faults: 9 files and 4 clips checked"]
     assert lines[0].startswith(f"{root}/train-000000.tar: sample 'ann-w0': ")
     assert lines[1].startswith(f"{root}/validation-000000.tar: sample 'cyd-w0': ")
     found = json.loads((tmp_path / "f.json").read_text())
@@ -105,20 +105,20 @@ def test_two_clips_of_one_tar_and_damage_between_clips(tmp_path: Path, run: Run)
 def test_missing_short_and_changed_files(root: Path, run: Run) -> None:
     (root / "train-000000.tar").unlink()
     (root / "train-000001.tar").write_bytes((root / "train-000001.tar").read_bytes()[:-512])
-    (root / "train-000002.index.json").write_text("{}")
+    (root / "train-000002.sums.safetensors").write_text("{}")
     code, out, _ = run("verify", root, "--samples")
     lines = out.splitlines()
     assert code == 1 and len(lines) == 4
     assert lines[0] == f"{root}/train-000000.tar: missing: expected the file that manifest.json lists"
     assert f"{root}/train-000001.tar: " in lines[1] and "bytes: expected" in lines[1]
-    assert f"{root}/train-000002.index.json: 2 bytes: expected" in lines[2]
+    assert f"{root}/train-000002.sums.safetensors: 2 bytes: expected" in lines[2]
     assert lines[3].startswith("3 faults") and "no clip was read" in lines[3]
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda m: m["splits"]["train"].update(samples=7), "splits.train.samples: 7"),
+        (lambda m: m["splits"]["train"].update(samples=7), "those of 8 samples in 4 shards, as in the manifest"),
         (lambda m: m.pop("statistics"), "statistics: absent"),
         (lambda m: m["files"]["train-000000.tar"].pop("sha256"), "files.train-000000.tar.sha256: None"),
         (lambda m: m["files"].pop("train-000000.tar"), "files.train-000000.tar: absent"),
@@ -273,7 +273,7 @@ def test_drop_warns_of_kept_clips_that_name_the_person(tmp_path: Path, run: Run)
 
 def test_upgrade(tmp_path: Path, run: Run) -> None:
     new = write_people(tmp_path / "new")
-    old = age_to_version_1(write_people(tmp_path / "old"))
+    old = age(write_people(tmp_path / "old"), 1)
     code, _, err = run("verify", old)
     assert code == 2 and "upgrade" in err
     code, out, _ = run("upgrade", old, tmp_path / "out")

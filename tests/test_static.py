@@ -43,7 +43,7 @@ OPTIONAL = (
     "av", "mediapipe", "soundfile", "transformers", "diffusers", "cv2", "insightface", "flash_attn", "scenedetect",
     "silero_vad",
 )  # fmt: skip
-CONTRACT_NEEDS = {"numpy", "torch", "safetensors", "webdataset", "data_shards"}
+CONTRACT_NEEDS = {"numpy", "torch", "safetensors", "webdataset", "xxhash", "data_shards"}
 READS_PICKLES = {"dualforce/train/checkpoint.py", "dualforce/codecs/checkpoint_file.py"}
 READS_ENVIRONMENT = {"dualforce/launch.py", "tools/launch_local.py"}
 MUTATORS = {"append", "extend", "insert", "add", "update", "setdefault", "pop", "popitem", "clear", "remove", "discard"}

@@ -1,10 +1,15 @@
-"""Clips a second of the project's reader and of plain webdataset, from the same tars, one thread, in one run.
+"""Clips a second of the project's reader and of plain webdataset, from the same tars, one thread, in one run; and the
+time from opening a large set to its first batch.
 
-    python -m tools.bench_reader SHARDS [--frames 13] [--seconds 3] [--json FILE]
+    python -m tools.bench_reader SHARDS [--frames 5 13 21] [--seconds 1] [--rounds 5] [--json FILE]
+    python -m tools.bench_reader FOLDER --open [--tars 1000] [--clips 350] [--json FILE]
 
-The project reads clips in a random order of the whole split and checks every byte it reads; `--frames` reads that many
-latent frames of each. webdataset reads tar after tar, shuffles in a buffer of as many clips as the split has (the same
-order of randomness), decodes the tensors and cuts them; it checks nothing. Each row is a process of its own.
+The project reads clips in a random order of the whole split and checks every byte it reads; `--frames` are the latent
+frames of the parts. webdataset reads tar after tar, shuffles in a buffer of as many clips as the split has (the same
+order of randomness), decodes the same tensors and cuts them; it checks nothing. Each row is a process of its own, and
+they take turns, so that what else the machine does meets all alike; time of the processor is counted, and of the clock.
+
+`--open` makes a set in FOLDER if there is none, with the parts of the real writer, from one small clip under many keys.
 """
 
 from __future__ import annotations
@@ -17,26 +22,34 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 import webdataset
 from safetensors.torch import load as decode_tensors
+from torch import Tensor
 
 from data_shards.reader import ShardSet
-from data_shards.schema import ShardError
+from data_shards.schema import TIME_FIELDS, ShardError
+from tools.bench.first_batch import first_batch_rows
 from tools.bench.table import show, write_json
 
-ROWS = ("ours", "ours, part", "webdataset")
+OURS, THEIRS = "ours", "webdataset"
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(prog="tools.bench_reader", description=__doc__.split("\n")[0])
     made.add_argument("shards", type=Path)
-    made.add_argument("--frames", type=int, default=13, help="latent frames of the part that a run trains on")
-    made.add_argument("--seconds", type=float, default=3.0, help="how long each row is timed")
+    made.add_argument("--frames", type=int, nargs="+", help="latent frames of the parts (default: 5, 13 and all)")
+    made.add_argument("--seconds", type=float, default=1.0, help="how long each row is timed in each round")
+    made.add_argument("--rounds", type=int, default=5, help="how often; rows are medians")
+    made.add_argument("--open", action="store_true", help="the time to the first batch of a large set")
+    made.add_argument("--tars", type=int, default=1000, help="of the large set")
+    made.add_argument("--clips", type=int, default=350, help="of each of its tars")
     made.add_argument("--json", type=Path, help="file for the rows")
     return made
 
@@ -45,66 +58,115 @@ def main() -> None:
     """Measure and print. Exit code 2 and one line for a wrong input."""
     options = parser().parse_args()
     try:
-        reader = ShardSet.open(options.shards).split("train")
-        if not 1 <= options.frames <= reader.frames:
-            raise ShardError(f"--frames {options.frames}: expected 1 to {reader.frames}, the frames of the clips")
+        if options.open:
+            title = f"{options.shards}: {options.tars} tars of {options.clips} clips"
+            rows = first_batch_rows(options.shards, options.tars, options.clips)
+        else:
+            title, rows = _reading(options)
     except ShardError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    rows: list[dict[str, Any]] = []
-    context = multiprocessing.get_context("spawn")
-    for name in ROWS:
-        with context.Pool(1) as pool:
-            rows.append(pool.apply(measure, (name, options.shards, options.frames, options.seconds)))
-    for row in rows:
-        row["of webdataset"] = row["clips/s"] / rows[-1]["clips/s"]
-    title = f"{options.shards}: {len(reader)} clips of {reader.frames} latent frames, parts of {options.frames}"
     print(show(title, rows))
     if options.json:
-        write_json(options.json, {"shards": str(options.shards), "frames": options.frames, "rows": rows})
+        write_json(options.json, {"shards": str(options.shards), "rows": rows})
 
 
-def measure(name: str, shards: Path, frames: int, seconds: float) -> dict[str, Any]:
-    """One row: clips a second after a first pass that brings the tars into memory, and the most resident memory."""
+def _reading(options: argparse.Namespace) -> tuple[str, list[dict[str, Any]]]:
+    reader = ShardSet.open(options.shards).split("train")
+    frames = options.frames or sorted({min(5, reader.frames), min(13, reader.frames), reader.frames})
+    for count in frames:
+        if not 1 <= count <= reader.frames:
+            raise ShardError(f"--frames {count}: expected 1 to {reader.frames}, the frames of the clips")
+    cases = [(name, count) for count in frames for name in (OURS, THEIRS)]
+    workers = [_Worker(name, options.shards, count) for name, count in cases]
+    try:
+        rounds = [[worker.measure(options.seconds) for worker in workers] for _ in range(options.rounds)]
+    finally:
+        for worker in workers:
+            worker.close()
+    rows = [_row(*case, [one[number] for one in rounds]) for number, case in enumerate(cases)]
+    for ours, theirs in zip(rows[::2], rows[1::2], strict=True):
+        ours["of webdataset"] = theirs["cpu ms a clip"] / ours["cpu ms a clip"]
+        theirs["of webdataset"] = 1.0
+    return f"{options.shards}: {len(reader)} clips of {reader.frames} latent frames, one thread", rows
+
+
+def _row(name: str, frames: int, found: list[dict[str, float]]) -> dict[str, Any]:
+    middle = {key: median(one[key] for one in found) for key in found[0]}
+    cpu, clock = middle["cpu"], middle["clock"]
+    return {"row": name, "frames": frames, "clips a cpu second": 1 / cpu, "cpu ms a clip": 1000 * cpu,
+            "clock ms a clip": 1000 * clock, "resident MB": middle["resident MB"]}  # fmt: skip
+
+
+Epoch = Callable[[], Iterator[dict[str, Any]]]
+
+
+class _Worker:
+    """A process that reads clips when it is told to."""
+
+    def __init__(self, name: str, shards: Path, frames: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._ours, theirs = context.Pipe()
+        self._process = context.Process(target=_work, args=(name, shards, frames, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def measure(self, seconds: float) -> dict[str, float]:
+        self._ours.send(seconds)
+        found: dict[str, float] = self._ours.recv()
+        return found
+
+    def close(self) -> None:
+        self._ours.send(None)
+        self._process.join()
+
+
+def _work(name: str, shards: Path, frames: int, pipe: Connection) -> None:
     torch.set_num_threads(1)
-    source = _webdataset if name == "webdataset" else _ours
-    made = source(shards, frames if name != "ours" else None)
-    for _ in made():
+    epoch = {OURS: read_ours, THEIRS: read_webdataset}[name](shards, frames)
+    for _ in epoch():  # a first pass brings the tars into memory
         pass
-    count, began = 0, time.perf_counter()
-    while time.perf_counter() - began < seconds:
-        count += sum(1 for _ in made())
-    spent = time.perf_counter() - began
+    while (seconds := pipe.recv()) is not None:
+        pipe.send(_measure(epoch, seconds))
+
+
+def _measure(epoch: Epoch, seconds: float) -> dict[str, float]:
+    """Seconds a clip of this process' processor and of the clock, and the most memory that was ever resident."""
+    count, clock, cpu = 0, time.perf_counter(), time.process_time()
+    while not count or time.perf_counter() - clock < seconds:
+        count += sum(1 for _ in epoch())
+    cpu, clock = time.process_time() - cpu, time.perf_counter() - clock
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"row": name, "clips/s": count / spent, "ms a clip": 1000 * spent / count, "resident MB": resident}
+    return {"cpu": cpu / count, "clock": clock / count, "resident MB": resident}
 
 
-Epoch = Callable[[], Iterator[object]]
-
-
-def _ours(shards: Path, frames: int | None) -> Epoch:
+def read_ours(shards: Path, frames: int) -> Epoch:
+    """One pass over the train split; the tensors of each clip by name."""
     reader = ShardSet.open(shards).split("train")
 
-    def epoch() -> Iterator[object]:
+    def epoch() -> Iterator[dict[str, Any]]:
         order = list(range(len(reader)))
         random.shuffle(order)
         for index in order:
-            yield reader.read(index) if frames is None else reader.read(index, frames=frames)
+            yield reader.read(index, frames).tensors()
 
     return epoch
 
 
-def _webdataset(shards: Path, frames: int | None) -> Epoch:
+def read_webdataset(shards: Path, frames: int) -> Epoch:
+    """The same tensors of the same clips."""
     opened = ShardSet.open(shards)
     tars = [str(shards / name) for name in opened.manifest["splits"]["train"]["shards"]]
     count = len(opened.split("train"))
 
-    def epoch() -> Iterator[object]:
-        clips = webdataset.WebDataset(tars, shardshuffle=len(tars) if len(tars) > 1 else False).shuffle(count)
-        for clip in clips:
-            json.loads(clip["json"])
-            tensors = decode_tensors(clip["safetensors"])
-            yield {name: value[:frames] for name, value in tensors.items() if name != "reference"}
+    def decode(clip: dict[str, Any]) -> dict[str, Tensor]:
+        json.loads(clip["json"])
+        tensors = decode_tensors(clip["safetensors"])
+        return {name: value[:frames] if name in TIME_FIELDS else value for name, value in tensors.items()}
+
+    def epoch() -> Iterator[dict[str, Any]]:
+        shuffled = webdataset.WebDataset(tars, shardshuffle=len(tars) if len(tars) > 1 else False).shuffle(count)
+        yield from shuffled.map(decode)
 
     return epoch
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.fake_shards import write_fake_shards
+from helpers.shard_edits import locate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -100,7 +100,7 @@ class CountingReader(ShardReader):
     """Waits for a permit before each clip; `at(n)` is an event that the n-th reading sets."""
 
     def __init__(self, reader: ShardReader, permits: int = 10_000) -> None:
-        super().__init__(reader.root, reader.manifest, reader._places)
+        super().__init__(reader._source, reader.manifest, reader._index, reader._clips)
         self.permits = threading.Semaphore(permits)
         self._reads: list[threading.Event] = [threading.Event() for _ in range(1000)]
         self._count = 0
@@ -167,10 +167,9 @@ def test_a_damaged_clip_is_raised_after_the_steps_before_it(shards: ShardSet, tm
     order = [
         key for step in loader(opened, clips_per_step=1, micro_batch=1, stop_step=CLIPS) for key, _ in clips_of(step)
     ]
-    index = json.loads((root / "train-000000.index.json").read_bytes())
-    entry = next(entry for entry in index["samples"] if entry["key"] == order[4])
+    clip = next(clip for clip in locate(root) if clip.key == order[4])
     data = bytearray((root / "train-000000.tar").read_bytes())
-    data[entry["members"]["safetensors"]["offset"] + 300] ^= 4
+    data[clip.payload.offset + 300] ^= 4
     (root / "train-000000.tar").write_bytes(data)
     seen = []
     with pytest.raises(ShardError, match=rf"train-000000\.tar: sample '{order[4]}': .*damaged"):

@@ -53,7 +53,8 @@ def found_by(root: Path) -> tuple[str, str]:
 
 
 def kind_of(name: str) -> str:
-    return "manifest" if name == "manifest.json" else "index" if name.endswith(".json") else "tar"
+    kinds = {"manifest.json": "manifest", "index.safetensors": "index"}
+    return kinds.get(name, "sums" if name.endswith(".safetensors") else "tar")
 
 
 def test_every_truncation_is_found_and_named(pristine: Path, root: Path) -> None:
@@ -70,7 +71,7 @@ def test_every_truncation_is_found_and_named(pristine: Path, root: Path) -> None
     assert sum(counts.values()) == CASES and not any("nothing" in key for key in counts)
 
 
-@pytest.mark.parametrize("kind", ["tar", "index", "manifest"])
+@pytest.mark.parametrize("kind", ["tar", "sums", "index", "manifest"])
 def test_every_flipped_bit_is_found_and_named(pristine: Path, root: Path, kind: str) -> None:
     files = {path.name: path.read_bytes() for path in sorted(pristine.iterdir()) if kind_of(path.name) == kind}
     places = [(name, position) for name, data in files.items() for position in range(len(data))]

@@ -9,7 +9,6 @@ import json
 import random
 import shutil
 import struct
-import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -17,13 +16,17 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.fake_shards import age_to_version_1, write_fake_shards
+from helpers.fake_shards import write_fake_shards
+from helpers.shard_edits import age, locate
+from xxhash import xxh3_64_intdigest
 
+from data_shards.layout import pack_row, parse_layout, row_of
 from data_shards.reader import ShardSet
 from data_shards.schema import ClipSample, ShardError
 from data_shards.upgrade import upgrade
 
-TAR, INDEX, MANIFEST = "train-000000.tar", "train-000000.index.json", "manifest.json"
+TAR, SUMS, INDEX, MANIFEST = "train-000000.tar", "train-000000.sums.safetensors", "index.safetensors", "manifest.json"
+OLD_INDEX = "train-000000.index.json"
 VALUES: list[Any] = [
     None, True, False, 0, -1, 1, 2, 3, 7, 512, 2**31, 2**32, 2**63, -(2**63), 2**64, 10**30, 0.0, 1.5, -1e300, "", "x",
     "a\n", "../x", "pipe:x", "\ud800", "train-000000.tar", "F32", "float32", "bool", "0" * 24, [], [1], [[]], {},
@@ -40,7 +43,7 @@ class Target:
         self.root = root
         self.files = {path.name: path.read_bytes() for path in root.iterdir()}
         self.manifest = json.loads(self.files[MANIFEST])
-        self.index = json.loads(self.files[INDEX])
+        self.located = locate(root)[0]
         self.changed: set[str] = set()
         self.clips = self.read()
 
@@ -52,25 +55,39 @@ class Target:
                 reader.read(number, 1)
         return [reader.read(number) for reader in readers for number in range(len(reader))]
 
-    def put_manifest(self, data: bytes) -> None:
-        self.changed.add(MANIFEST)
-        (self.root / MANIFEST).write_bytes(data)
+    def put(self, name: str, data: bytes) -> None:
+        self.changed.add(name)
+        (self.root / name).write_bytes(data)
 
-    def put_index(self, data: bytes) -> None:
-        self.changed.add(INDEX)
-        (self.root / INDEX).write_bytes(data)
+    def put_summed(self, **files: bytes) -> None:
+        """Index and checksums, with a manifest that agrees."""
         manifest = {**self.manifest, "files": {**self.manifest["files"]}}
-        manifest["files"][INDEX] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        self.put_manifest(json.dumps(manifest).encode())
+        for kind, data in files.items():
+            name = {"index": INDEX, "sums": SUMS}[kind]
+            self.put(name, data)
+            manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        self.put(MANIFEST, json.dumps(manifest).encode())
+
+    def put_row(self, row: bytes) -> None:
+        """Other checksums of the first clip."""
+        sums, index = bytearray(self.files[SUMS]), bytearray(self.files[INDEX])
+        sums[1024 : 1024 + len(row)] = row
+        index[1024:1032] = struct.pack("<Q", xxh3_64_intdigest(row))
+        self.put_summed(sums=bytes(sums), index=bytes(index))
 
     def put_member(self, kind: str, data: bytes) -> None:
         """A member of another size keeps the length of its place: cut, or filled with zeros or blanks."""
-        index = copy.deepcopy(self.index)
-        place = index["samples"][0]["members"][kind]
-        data = data[: place["size"]].ljust(place["size"], b" " if kind == "json" else b"\0")
-        place["crc32"] = zlib.crc32(data)
-        self.put_tar(place["offset"], data)
-        self.put_index(json.dumps(index).encode())
+        place = self.located.record if kind == "json" else self.located.payload
+        data = data[: place.size].ljust(place.size, b" " if kind == "json" else b"\0")
+        self.put_tar(place.offset, data)
+        members = {"json": self.member("json"), "safetensors": self.member("safetensors"), kind: data}
+        text = self.located.header[8:].decode()
+        layout = parse_layout(text, self.manifest["extractors"], "layout")
+        self.put_row(pack_row(row_of(members["json"], members["safetensors"], layout)))
+
+    def member(self, kind: str) -> bytes:
+        place = self.located.record if kind == "json" else self.located.payload
+        return self.files[TAR][place.offset : place.offset + place.size]
 
     def put_tar(self, offset: int, data: bytes) -> None:
         self.changed.add(TAR)
@@ -139,22 +156,49 @@ def mutate(data: bytes, dice: random.Random) -> bytes:
 
 
 def fuzz_manifest(target: Target, dice: random.Random) -> None:
-    target.put_manifest(mutate(target.files[MANIFEST], dice))
+    target.put(MANIFEST, mutate(target.files[MANIFEST], dice))
+
+
+def fuzz_layout(target: Target, dice: random.Random) -> None:
+    text = mutate(target.manifest["layouts"][0].encode(), dice).decode("latin-1")
+    text = text.ljust(len(target.manifest["layouts"][0])) if dice.random() < 0.5 else text
+    layouts = [text] if dice.random() < 0.8 else [*target.manifest["layouts"], text]
+    target.put(MANIFEST, json.dumps({**target.manifest, "layouts": layouts}).encode())
 
 
 def fuzz_index(target: Target, dice: random.Random) -> None:
-    target.put_index(mutate(target.files[INDEX], dice))
+    target.put_summed(index=mutated_columns(target.files[INDEX], dice))
+
+
+def fuzz_sums(target: Target, dice: random.Random) -> None:
+    if dice.random() < 0.5:
+        target.put_summed(sums=mutated_columns(target.files[SUMS], dice))
+        return
+    row = mutated_bytes(target.files[SUMS][1024:], dice)
+    target.put_row(row[: len(target.files[SUMS]) - 1024].ljust(len(target.files[SUMS]) - 1024, b"\0"))
+
+
+def mutated_columns(data: bytes, dice: random.Random) -> bytes:
+    """Another header, or other bytes in the columns, or anything anywhere."""
+    match dice.randrange(3):
+        case 0:
+            header = mutate(data[8:1024].rstrip(), dice)
+            return data[:8] + header.ljust(1016)[:1016] + data[1024:]
+        case 1:
+            changed = bytearray(data)
+            for _ in range(dice.choice((1, 1, 2, 5))):
+                changed[dice.randrange(1024, len(changed))] = dice.choice((0, 1, 2, 10, 47, 65, 127, 128, 255))
+            return bytes(changed)
+        case _:
+            return mutated_bytes(data, dice)
 
 
 def fuzz_record(target: Target, dice: random.Random) -> None:
-    place = target.index["samples"][0]["members"]["json"]
-    data = target.files[TAR][place["offset"] : place["offset"] + place["size"]]
-    target.put_member("json", mutate(data, dice))
+    target.put_member("json", mutate(target.member("json"), dice))
 
 
 def fuzz_header(target: Target, dice: random.Random) -> None:
-    place = target.index["samples"][0]["members"]["safetensors"]
-    payload = target.files[TAR][place["offset"] : place["offset"] + place["size"]]
+    payload = target.member("safetensors")
     size = struct.unpack("<Q", payload[:8])[0]
     header = mutate(payload[8 : 8 + size], dice)
     stated = dice.choice((len(header),) * 9 + (0, 1, size, 2**31, 2**63, 2**64 - 1, 10**8, len(payload) - 8))
@@ -164,17 +208,19 @@ def fuzz_header(target: Target, dice: random.Random) -> None:
 
 
 def fuzz_tar_header(target: Target, dice: random.Random) -> None:
-    place = target.index["samples"][0]["members"][dice.choice(("json", "safetensors"))]
-    header = bytearray(mutated_bytes(target.files[TAR][place["offset"] - 512 : place["offset"]], dice)[:512].ljust(512))
+    place = dice.choice((target.located.record, target.located.payload))
+    header = bytearray(mutated_bytes(target.files[TAR][place.offset - 512 : place.offset], dice)[:512].ljust(512))
     if dice.random() < 0.7:
         header[148:156] = b" " * 8
         header[148:156] = b"%06o\0 " % sum(header)
-    target.put_tar(place["offset"] - 512, bytes(header))
+    target.put_tar(place.offset - 512, bytes(header))
 
 
 FUZZERS: dict[str, Callable[[Target, random.Random], None]] = {
     "manifest": fuzz_manifest,
+    "layout": fuzz_layout,
     "index": fuzz_index,
+    "checksums": fuzz_sums,
     "record": fuzz_record,
     "safetensors header": fuzz_header,
     "tar header": fuzz_tar_header,
@@ -218,18 +264,19 @@ def test_ten_thousand_mutants(tmp_path: Path) -> None:
     fuzz(tmp_path, range(10_000))
 
 
-def test_mutants_of_a_version_1_set_do_not_become_another_set(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [1, 2])
+def test_mutants_of_an_old_set_do_not_become_another_set(tmp_path: Path, version: int) -> None:
     new = write_fake_shards(tmp_path / "new", clips=2, frames=2, height=1, width=1, struct_dim=2, audio_dim=2)
-    old = age_to_version_1(Path(shutil.copytree(new, tmp_path / "old")))
-    good = {name: (old / name).read_bytes() for name in (INDEX, MANIFEST)}
+    old = age(Path(shutil.copytree(new, tmp_path / "old")), version)
+    good = {name: (old / name).read_bytes() for name in (OLD_INDEX, MANIFEST)}
     wanted = {path.name: path.read_bytes() for path in new.iterdir() if path.name != MANIFEST}
     counts = Counter[str]()
-    for case in range(1000):
+    for case in range(500):
         dice, out = random.Random(case), tmp_path / "out"
-        data = mutate(good[INDEX], dice)
-        (old / INDEX).write_bytes(data)
+        data = mutate(good[OLD_INDEX], dice)
+        (old / OLD_INDEX).write_bytes(data)
         manifest = json.loads(good[MANIFEST])
-        manifest["files"][INDEX] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        manifest["files"][OLD_INDEX] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         text = json.dumps(manifest).encode()
         (old / MANIFEST).write_bytes(mutate(text, dice) if case % 4 == 0 else text)
         try:
@@ -243,8 +290,8 @@ def test_mutants_of_a_version_1_set_do_not_become_another_set(tmp_path: Path) ->
         assert made.keys() == wanted.keys() and made[TAR] == wanted[TAR], f"case {case}"
         counts["upgraded"] += 1
         shutil.rmtree(out)
-    print(f"\n1000 mutants of version 1: {dict(counts)}")
-    assert counts["upgraded"] and counts["refused"] > 900  # both answers were tried
+    print(f"\n500 mutants of version {version}: {dict(counts)}")
+    assert counts["upgraded"] and counts["refused"] > 400  # both answers were tried
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,15 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.fake_shards import change_index, fake_extractors, fake_sample, replace_member, write_fake_shards
+from helpers.fake_shards import fake_extractors, fake_sample, write_fake_shards
+from helpers.shard_edits import Located, change_rows, locate, replace_member
 from safetensors.torch import save
 
-import data_shards.clip
+from data_shards.files import Folder
 from data_shards.reader import ShardReader, ShardSet
 from data_shards.schema import TIME_FIELDS, ClipSample, ShardError, validate
 from dualforce.data.windows import audio_windows
 
-TAR, FRAMES, CLIPS = "train-000000.tar", 9, 3
+TAR, SUMS, FRAMES, CLIPS = "train-000000.tar", "train-000000.sums.safetensors", 9, 3
 
 
 @pytest.fixture(scope="module", params=["plain", "flame_text"])
@@ -44,23 +44,17 @@ def damaged(root: Path) -> Iterator[Any]:
     (root / TAR).write_bytes(data)
 
 
-def entry(root: Path, number: int) -> dict[str, Any]:
-    return json.loads((root / "train-000000.index.json").read_bytes())["samples"][number]
+def stride(clip: Located, name: str) -> int:
+    return clip.tensors[name].size // clip.parts[name]
 
 
-def frame_bytes(tensor: dict[str, Any]) -> int:
-    size = {"float16": 2, "float32": 4, "bool": 1}[tensor["dtype"]]
-    for length in tensor["shape"][1:]:
-        size *= length
-    return size
-
-
-def needed(clip: dict[str, Any], frames: int, beyond: int) -> list[tuple[int, int]]:
-    """(offset, size) of the bytes that a prefix consists of: the JSON member and the frames of every tensor."""
-    ranges = [(clip["members"]["json"]["offset"], clip["members"]["json"]["size"])]
-    for name, tensor in clip["tensors"].items():
+def needed(clip: Located, number: int, frames: int, beyond: int) -> list[tuple[str, int, int]]:
+    """(file, offset, size) of what a prefix consists of: checksums, JSON member and the frames of every tensor."""
+    words = 1 + sum(clip.parts.values())
+    ranges = [(SUMS, 1024 + 8 * words * number, 8 * words), (TAR, *clip.record)]
+    for name, tensor in clip.tensors.items():
         rows = min(frames + beyond, FRAMES) if name == "audio" else frames
-        ranges.append((tensor["offset"], frame_bytes(tensor) * (rows if name in TIME_FIELDS else tensor["shape"][0])))
+        ranges.append((TAR, tensor.offset, stride(clip, name) * rows if name in TIME_FIELDS else tensor.size))
     return ranges
 
 
@@ -100,23 +94,17 @@ def test_audio_windows_are_those_of_the_whole_clip(reader: ShardReader, context:
 def test_only_the_needed_bytes_are_read(
     root: Path, reader: ShardReader, monkeypatch: pytest.MonkeyPatch, frames: int, beyond: int
 ) -> None:
-    seen: list[tuple[int, int]] = []
-    read_range = data_shards.clip.read_range
+    seen: list[tuple[str, int, int]] = []
+    fill = Folder.fill
 
-    def record(file: Any, offset: int, size: int) -> bytes:
-        seen.append((offset, size))
-        return read_range(file, offset, size)
+    def record(source: Folder, name: str, ranges: Any) -> list[int]:
+        seen.extend((name, offset, len(room)) for offset, room in ranges)
+        return fill(source, name, ranges)
 
-    read_into = data_shards.clip.read_into
-
-    def record_into(file: Any, offset: int, room: memoryview) -> int:
-        seen.append((offset, len(room)))
-        return read_into(file, offset, room)
-
-    monkeypatch.setattr(data_shards.clip, "read_range", record)
-    monkeypatch.setattr(data_shards.clip, "read_into", record_into)
+    wanted = needed(locate(root)[1], 1, frames, beyond)
+    monkeypatch.setattr(Folder, "fill", record)
     reader.read(1, frames, beyond)
-    assert sorted(seen) == sorted(needed(entry(root, 1), frames, beyond))
+    assert sorted(seen) == sorted(wanted)
 
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counts bytes as Linux does")
@@ -125,45 +113,44 @@ def test_the_system_was_asked_for_no_more(root: Path, reader: ShardReader) -> No
         lines = Path("/proc/self/io").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("rchar")).split()[1])
 
-    used = []
+    used, wanted = [], sum(size for _, _, size in needed(locate(root)[1], 1, 2, 0))
     for _ in range(5):  # the least, because other threads of the process may read at the same time
         before, began = read_so_far(), read_so_far()
         reader.read(1, 2)
         used.append(read_so_far() - began - (began - before))  # less what the counting itself reads
-    assert abs(min(used) - sum(size for _, size in needed(entry(root, 1), 2, 0))) <= 64
+    assert abs(min(used) - wanted) <= 64
 
 
 def test_a_flipped_bit_in_the_prefix_is_named(root: Path, reader: ShardReader, damaged: Any) -> None:
-    clip = entry(root, 1)
-    for name, tensor in clip["tensors"].items():
-        stride = frame_bytes(tensor)
+    clip = locate(root)[1]
+    for name, tensor in clip.tensors.items():
         rows = 3 if name in TIME_FIELDS else 1
         for frame in range(rows):
-            damaged(tensor["offset"] + frame * stride + stride // 2)
+            damaged(tensor.offset + frame * stride(clip, name) + stride(clip, name) // 2)
             where = f" of latent frame {frame}" if name in TIME_FIELDS else ""
-            named = rf"{TAR}: sample 'train-0001': {name}: crc32 [0-9a-f]{{8}}{where}: expected .* \(damaged data\)"
+            named = rf"{TAR}: sample 'train-0001': {name}: xxh3 [0-9a-f]{{16}}{where}: expected .* \(damaged data\)"
             with pytest.raises(ShardError, match=named):
                 reader.read(1, 3)
             reader.read(0, 3)
-    damaged(clip["members"]["json"]["offset"] + 9)
-    with pytest.raises(ShardError, match=r"sample 'train-0001': train-0001.json: crc32 .*damaged"):
+    damaged(clip.record.offset + 9)
+    with pytest.raises(ShardError, match=r"sample 'train-0001': train-0001.json: xxh3 .*damaged"):
         reader.read(1, 3)
 
 
 def test_a_flipped_bit_outside_the_prefix_is_not_read(root: Path, reader: ShardReader, damaged: Any) -> None:
-    whole = reader.read(1)
-    for name, tensor in entry(root, 1)["tensors"].items():
+    whole, clip = reader.read(1), locate(root)[1]
+    for name, tensor in clip.tensors.items():
         if name not in TIME_FIELDS:
             continue
-        damaged(tensor["offset"] + frame_bytes(tensor) * 5)
+        damaged(tensor.offset + stride(clip, name) * 5)
         assert_prefix(reader.read(1, 5 if name != "audio" else 4), whole, 5 if name != "audio" else 4, 0)
         with pytest.raises(ShardError, match="damaged data"):
             reader.read(1)
-        with pytest.raises(ShardError, match=f"{name}: crc32 .* of latent frame 5"):
+        with pytest.raises(ShardError, match=f"{name}: xxh3 .* of latent frame 5"):
             reader.read(1, 6)
-    damaged(entry(root, 1)["tensors"]["audio"]["offset"] + frame_bytes(entry(root, 1)["tensors"]["audio"]) * 5)
+    damaged(clip.tensors["audio"].offset + stride(clip, "audio") * 5)
     reader.read(1, 4, beyond=1)
-    with pytest.raises(ShardError, match=r"audio: crc32 .* of latent frame 5"):
+    with pytest.raises(ShardError, match=r"audio: xxh3 .* of latent frame 5"):
         reader.read(1, 4, beyond=2)
 
 
@@ -178,9 +165,9 @@ def test_frames_outside_the_clip(reader: ShardReader) -> None:
 
 
 def test_truncation_after_opening(root: Path, reader: ShardReader) -> None:
-    data = (root / TAR).read_bytes()
+    data, located = (root / TAR).read_bytes(), locate(root)[2]
     try:
-        (root / TAR).write_bytes(data[: entry(root, 2)["tensors"]["video"]["offset"] + 10])
+        (root / TAR).write_bytes(data[: located.tensors["video"].offset + 10])
         with pytest.raises(ShardError, match=rf"{TAR}: sample 'train-0002': video: 10 bytes: expected .*truncated"):
             reader.read(2, 2)
     finally:
@@ -225,10 +212,11 @@ def test_longer_audio_only_where_it_is_asked_for() -> None:
             validate(part, "here", extractors, beyond=beyond)
 
 
-def test_an_index_whose_sums_are_wrong_stops_the_prefix_only(tmp_path: Path) -> None:
+def test_wrong_sums_of_later_frames_do_not_matter_before_them(tmp_path: Path) -> None:
     root = write_fake_shards(tmp_path, clips=2, frames=4)
-    change_index(root, TAR, lambda i: i["samples"][0]["tensors"]["struct"].update(crc32="0" * 32))
+    change_rows(root, TAR, lambda rows: rows.__setitem__((0, 1 + 4 + 1 + 2), 0))  # record, video, reference, struct
     reader = ShardSet.open(root).split("train")
-    reader.read(0)
-    with pytest.raises(ShardError, match=r"struct: crc32 .* of latent frame 0: expected 00000000"):
-        reader.read(0, 2)
+    reader.read(0, 2)
+    for frames in (3, 4):
+        with pytest.raises(ShardError, match=r"struct: xxh3 .* of latent frame 2: expected 0000000000000000"):
+            reader.read(0, frames)

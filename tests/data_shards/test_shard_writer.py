@@ -11,7 +11,6 @@ import pytest
 import torch
 from helpers.fake_shards import fake_extractors, fake_sample, write_fake_shards
 
-import data_shards.shard
 import data_shards.writer
 from data_shards.reader import ShardSet
 from data_shards.schema import ShardError, check_extractors, validate
@@ -137,17 +136,18 @@ def test_a_clip_larger_than_readers_accept(tmp_path: Path, monkeypatch: pytest.M
         writer.add("train", clip())
 
 
-@pytest.mark.parametrize(("name", "value"), [("MAX_CLIPS", 2), ("_MOST_INDEX_BYTES", 2000)])
-def test_an_index_that_grows_too_large_starts_the_next_tar(
+@pytest.mark.parametrize(("name", "value"), [("MAX_CLIPS", 3), ("MAX_INDEX_BYTES", 1100), ("MAX_TARS", 3)])
+def test_a_set_that_no_reader_would_open_is_not_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: int
 ) -> None:
-    monkeypatch.setattr(data_shards.shard, name, value)
-    with ShardSetWriter(tmp_path, EXTRACTORS) as writer:
-        for key in "abcde":
+    monkeypatch.setattr(data_shards.writer, name, value)
+    with ShardSetWriter(tmp_path, EXTRACTORS, shard_bytes=1) as writer:
+        for key in "abc":
             writer.add("train", clip(key))
-        manifest = writer.finish([], {})
-    assert len(manifest["splits"]["train"]["shards"]) == 3
-    assert ShardSet.open(tmp_path).split("train").keys == list("abcde")
+        with pytest.raises(ShardError, match=r"sample 'd': index: 4 clips in 4 tars, \d+ bytes: expected at most"):
+            writer.add("train", clip("d"))
+        writer.finish([], {})
+    assert ShardSet.open(tmp_path).split("train").keys == list("abc")
 
 
 @pytest.mark.parametrize("value", [float("nan"), {1, 2}, b"x"], ids=["nan", "set", "bytes"])
@@ -193,7 +193,9 @@ def test_interrupted_build_leaves_no_set_and_can_be_repeated(tmp_path: Path) -> 
         writer.add("train", clip("a"))
         writer.finish([], {})
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["manifest.json", "notes.txt", "train-000000.index.json", "train-000000.tar"]
+    assert names == [
+        "index.safetensors", "manifest.json", "notes.txt", "train-000000.sums.safetensors", "train-000000.tar"
+    ]  # fmt: skip
 
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
@@ -212,3 +214,11 @@ def test_a_full_disk_is_an_error_that_leaves_nothing(tmp_path: Path, monkeypatch
     del writer
     gc.collect()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("field", ["voiced", "flame_valid"])
+def test_a_byte_that_is_no_bool(field: str) -> None:
+    sample = clip()
+    sample.tensors()[field].view(torch.uint8).view(-1)[-1] = 2
+    with pytest.raises(ShardError, match=f"sample 'a': {field}: byte 2: expected 0 or 1, as bool"):
+        validate(sample, "clip.mp4", EXTRACTORS)

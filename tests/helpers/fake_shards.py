@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
-import tarfile
-import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from data_shards.files import encode_json
-from data_shards.manifest import sealed
-from data_shards.payload import tensor_table
 from data_shards.schema import ClipSample
-from data_shards.shard import place_tensors
 from data_shards.writer import ShardSetWriter
 
 FLAME_WIDTH = 56
@@ -121,86 +111,4 @@ def write_fake_shards(
                 split, fake_sample(key, identity, extractors, frames=frames, seed=seed * 10_007 + number, dtype=dtype)
             )
         writer.finish([], {"made_by": "write_fake_shards"})
-    return root
-
-
-def replace_member(root: Path, tar_name: str, name: str, data: bytes) -> None:
-    """Put other bytes into a member, with an index and checksums that agree, as a faulty writer would have done.
-
-    Bytes that are no safetensors file must have the size of what they replace: the index keeps its places then.
-    """
-    path = root / tar_name
-    buffer = io.BytesIO()
-    with tarfile.open(path) as old, tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as new:
-        for info in old:
-            content = data if info.name == name else old.extractfile(info).read()  # type: ignore[union-attr]
-            info.size = len(content)
-            new.addfile(info, io.BytesIO(content))
-    path.write_bytes(buffer.getvalue())
-
-    def update(index: dict[str, Any]) -> None:
-        with tarfile.open(path) as tar:
-            for entry in index["samples"]:
-                for kind, member in entry["members"].items():
-                    info = tar.getmember(member["name"])
-                    content = tar.extractfile(info).read()  # type: ignore[union-attr]
-                    moved = info.offset_data - member["offset"]
-                    member.update(offset=info.offset_data, size=info.size, crc32=zlib.crc32(content))
-                    if kind == "safetensors" and content[8:9] == b"{":
-                        entry["tensors"] = tensor_table(content, "")
-                        place_tensors(entry)
-                    elif kind == "safetensors":
-                        for tensor in entry["tensors"].values():
-                            tensor["offset"] += moved
-        index["bytes"] = path.stat().st_size
-
-    change_index(root, tar_name, update)
-
-
-def change_index(root: Path, tar_name: str, change: Callable[[dict[str, Any]], object]) -> None:
-    """Let `change` alter the index of a tar, and give the manifest the sums that then hold."""
-    name = tar_name.replace(".tar", ".index.json")
-    rewrite(root / name, change)
-    data = (root / name).read_bytes()
-    tar = (root / tar_name).read_bytes()
-
-    def update(manifest: dict[str, Any]) -> None:
-        manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        manifest["files"][tar_name] = {"bytes": len(tar), "sha256": hashlib.sha256(tar).hexdigest()}
-
-    rewrite_manifest(root, update)
-
-
-def rewrite_manifest(root: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Let `change` alter the manifest, with a checksum that agrees where version 2 has one."""
-    path = root / "manifest.json"
-    rewrite(path, change)
-    manifest = json.loads(path.read_bytes())
-    if "sha256" in manifest:
-        path.write_bytes(sealed(manifest, str(path))[1])
-
-
-def rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Let `change` alter a JSON document in place."""
-    document = json.loads(path.read_bytes())
-    change(document)
-    path.write_text(json.dumps(document))
-
-
-def age_to_version_1(root: Path) -> Path:
-    """Turn a set into the one that version 1 wrote of the same clips: tensors without place and checksums."""
-    for path in sorted(root.glob("*.index.json")):
-        index = json.loads(path.read_bytes())
-        index["shard_version"] = 1
-        for entry in index["samples"]:
-            for tensor in entry["tensors"].values():
-                del tensor["offset"], tensor["crc32"]
-        path.write_bytes(encode_json(index, path.name))
-    manifest = json.loads((root / "manifest.json").read_bytes())
-    manifest["shard_version"] = 1
-    del manifest["sha256"]
-    for path in root.glob("*.index.json"):
-        data = path.read_bytes()
-        manifest["files"][path.name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    (root / "manifest.json").write_bytes(encode_json(manifest, "manifest.json", indent=1))
     return root

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -12,18 +11,26 @@ import socket
 import struct
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from helpers.fake_shards import change_index, rewrite_manifest, write_fake_shards
+from helpers.fake_shards import write_fake_shards
+from helpers.shard_edits import (
+    Columns,
+    change_index,
+    change_rows,
+    locate,
+    replace_bytes,
+    rewrite_manifest,
+    seal,
+)
 
 from data_shards.schema import ShardError
 
-TAR, INDEX, MANIFEST = "train-000000.tar", "train-000000.index.json", "manifest.json"
+TAR, SUMS, INDEX, MANIFEST = "train-000000.tar", "train-000000.sums.safetensors", "index.safetensors", "manifest.json"
 Change = Callable[[Path], Any]
 Edit = Callable[[dict[str, Any]], Any]
 
@@ -53,46 +60,61 @@ def raw_manifest(edit: Callable[[bytes], bytes]) -> Change:
     return lambda root: (root / MANIFEST).write_bytes(edit((root / MANIFEST).read_bytes()))
 
 
-def index(edit: Edit) -> Change:
-    return lambda root: change_index(root, TAR, edit)
+def index(edit: Callable[[Columns], Any]) -> Change:
+    """Change the columns of the index."""
+    return lambda root: change_index(root, edit)
 
 
-def clip(edit: Edit) -> Change:
-    """Change the index entry of the first clip."""
-    return index(lambda document: edit(document["samples"][0]))
+def rows(edit: Callable[[Any], Any]) -> Change:
+    """Change the checksums of the first tar."""
+    return lambda root: change_rows(root, TAR, edit)
 
 
-def raw_index(edit: Callable[[bytes], bytes]) -> Change:
+def raw(name: str, edit: Callable[[bytes], bytes]) -> Change:
+    """Change the bytes of the index or the checksums."""
+
     def change(root: Path) -> None:
-        good = (root / INDEX).read_bytes()
-        (root / INDEX).write_bytes(edit(good))
-        seal(root)
+        (root / name).write_bytes(edit((root / name).read_bytes()))
+        seal(root, name)
 
     return change
 
 
-def seal(root: Path) -> None:
-    """Give the manifest the sums of the files as they are."""
+def column_header(name: str, edit: Edit) -> Change:
+    """Change the header of the index or the checksums, which keeps its length."""
 
-    def update(document: dict[str, Any]) -> None:
-        for name in (TAR, INDEX):
-            data = (root / name).read_bytes()
-            document["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    def make(old: bytes) -> bytes:
+        header = json.loads(old[8:1024])
+        edit(header)
+        return old[:8] + json.dumps(header, separators=(",", ":")).encode().ljust(1016)[:1016] + old[1024:]
 
-    rewrite_manifest(root, update)
+    return raw(name, make)
+
+
+def layout(edit: Edit) -> Change:
+    """Change the only layout of the manifest, a header of the length that it had where that is possible."""
+
+    def change(root: Path) -> None:
+        def update(document: dict[str, Any]) -> None:
+            (old,) = document["layouts"]
+            header = json.loads(old)
+            edit(header)
+            document["layouts"] = [json.dumps(header, separators=(",", ":")).ljust(len(old))]
+
+        manifest(update)(root)
+
+    return change
 
 
 def member(kind: str, make: Callable[[bytes], bytes]) -> Change:
     """Other bytes of the same length in a member of the first clip."""
 
     def change(root: Path) -> None:
-        place = json.loads((root / INDEX).read_bytes())["samples"][0]["members"][kind]
-        start, size = place["offset"], place["size"]
-        data = bytearray((root / TAR).read_bytes())
-        new = make(bytes(data[start : start + size]))[:size].ljust(size, b" " if kind == "json" else b"\0")
-        data[start : start + size] = new
-        (root / TAR).write_bytes(data)
-        change_index(root, TAR, lambda i: i["samples"][0]["members"][kind].update(crc32=zlib.crc32(new)))
+        part = "record" if kind == "json" else "payload"
+        start, size = getattr(locate(root)[0], part)
+        old = (root / TAR).read_bytes()[start : start + size]
+        new = make(old)[:size].ljust(size, b" " if kind == "json" else b"\0")
+        replace_bytes(root, TAR, 0, part, new)
 
     return change
 
@@ -127,7 +149,8 @@ def tar_header(field: slice, value: bytes, kind: str = "safetensors") -> Change:
     """Overwrite a field of a tar header of the first clip, with a right header checksum."""
 
     def change(root: Path) -> None:
-        start = json.loads((root / INDEX).read_bytes())["samples"][0]["members"][kind]["offset"] - 512
+        clip = locate(root)[0]
+        start = (clip.record if kind == "json" else clip.payload).offset - 512
         data = bytearray((root / TAR).read_bytes())
         header = data[start : start + 512]
         header[field] = value.ljust(field.stop - field.start, b"\0")
@@ -135,7 +158,7 @@ def tar_header(field: slice, value: bytes, kind: str = "safetensors") -> Change:
         header[148:156] = b"%06o\0 " % sum(header)
         data[start : start + 512] = header
         (root / TAR).write_bytes(data)
-        seal(root)
+        seal(root, TAR)
 
     return change
 
@@ -153,7 +176,7 @@ def more_members(*infos: tuple[str, bytes, bytes]) -> Change:
                 info.type, info.size, info.linkname = kind, len(content), "/etc/passwd" if kind in b"12" else ""
                 new.addfile(info, io.BytesIO(content))
         (root / TAR).write_bytes(buffer.getvalue())
-        change_index(root, TAR, lambda document: document.update(bytes=len(buffer.getvalue())))
+        seal(root, TAR)
 
     return change
 
@@ -191,11 +214,39 @@ def sparse(name: str, size: int) -> Change:
 
 def giant_tar(size: int) -> Change:
     def change(root: Path) -> None:
-        change_index(root, TAR, lambda document: document.update(bytes=size))
         rewrite_manifest(root, lambda document: document["files"][TAR].update(bytes=size))
         os.truncate(root / TAR, size)
 
     return change
+
+
+def million_clips(root: Path, length: int = 8, equal: bool = False) -> None:
+    """As many clips as a set may have, in sparse tars, with keys of `length` characters."""
+    count = 2**20 - 1  # of the train split
+    keys = [f"{0 if equal else number:0{length}d}\n" for number in range(count)] + ["v\n"]
+
+    def change(columns: Columns) -> None:
+        for name in ("sums", "identity", "record_bytes", "layout"):
+            column = columns[name]
+            columns[name] = np.concatenate([np.repeat(column[:1], count), column[-1:]])
+        columns["identity"][1:-1] = 1 if len(set(columns["identity"][:-1].tolist())) > 1 else columns["identity"][0]
+        columns["clips"][0] = count
+        columns["keys"] = "".join(keys).encode()
+
+    clip = locate(root)[0]
+    span = clip.payload.offset + -(-clip.payload.size // 512) * 512 - clip.record.offset + 512
+    change_index(root, change)
+    size = -(-(span * count + 1024) // 10240) * 10240
+    rows = 1024 + count * ((root / SUMS).stat().st_size - 1024) // 2
+
+    def update(document: dict[str, Any]) -> None:
+        document["splits"]["train"]["samples"] = count
+        document["files"][TAR]["bytes"] = size
+        document["files"][SUMS]["bytes"] = rows
+
+    rewrite_manifest(root, update)
+    os.truncate(root / TAR, size)
+    os.truncate(root / SUMS, rows)
 
 
 def big_clip(root: Path) -> None:

@@ -4,29 +4,56 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from helpers.fake_shards import write_fake_shards
 
+from data_shards.reader import ShardSet
 from tools import bench_reader
 
 
 def test_rows_and_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     root, out = write_fake_shards(tmp_path / "shards", clips=4, frames=5), tmp_path / "rows.json"
-    arguments = ["x", str(root), "--frames", "3", "--seconds", "0.05", "--json", str(out)]
+    arguments = ["x", str(root), "--frames", "3", "--seconds", "0.05", "--rounds", "2", "--json", str(out)]
     monkeypatch.setattr("sys.argv", arguments)
     bench_reader.main()
     rows = json.loads(out.read_text())["rows"]
-    assert [row["row"] for row in rows] == list(bench_reader.ROWS)
-    assert all(row["clips/s"] > 0 and row["resident MB"] > 10 for row in rows)
-    assert "4 clips of 5 latent frames, parts of 3" in capsys.readouterr().out
+    assert [(row["row"], row["frames"]) for row in rows] == [("ours", 3), ("webdataset", 3)]
+    assert all(row["clips a cpu second"] > 0 and row["resident MB"] > 10 for row in rows)
+    assert "4 clips of 5 latent frames" in capsys.readouterr().out
 
 
-def test_rows_read_the_same_clips(tmp_path: Path) -> None:
-    root = write_fake_shards(tmp_path / "shards", clips=4, frames=5)
-    theirs = sorted(float(clip["video"].float().sum()) for clip in bench_reader._webdataset(root, 3)())
-    ours = sorted(float(clip.video.float().sum()) for clip in bench_reader._ours(root, 3)())
-    assert ours == theirs and len(ours) == 4
+@pytest.mark.parametrize("streams", [{}, {"flame": True, "text_dim": 3}], ids=["plain", "flame_text"])
+def test_rows_read_the_same_tensors(tmp_path: Path, streams: dict[str, Any]) -> None:
+    root = write_fake_shards(tmp_path / "shards", clips=4, frames=5, shard_bytes=1, **streams)
+    for frames in (3, 5):
+        both = [list(read(root, frames)()) for read in (bench_reader.read_ours, bench_reader.read_webdataset)]
+        ours, theirs = (sorted(clips, key=lambda clip: float(clip["video"].sum())) for clips in both)
+        assert len(ours) == len(theirs) == 4
+        for one, other in zip(ours, theirs, strict=True):
+            other.pop("__key__")  # webdataset adds it
+            assert one.keys() == other.keys()
+            assert all(torch.equal(one[name], other[name]) and one[name].dtype == other[name].dtype for name in one)
+
+
+def test_first_batch_of_a_set_that_it_makes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "large"
+    monkeypatch.setattr("tools.bench.first_batch.REPEATS", 1)
+    monkeypatch.setattr("sys.argv", ["x", str(root), "--open", "--tars", "3", "--clips", "5"])
+    bench_reader.main()
+    assert "3 tars of 5 clips" in capsys.readouterr().out
+    opened = ShardSet.open(root)
+    opened.verify()
+    reader = opened.split("train")
+    assert len({reader.read(index).key for index in range(len(reader))}) == 15
+    monkeypatch.setattr("sys.argv", ["x", str(root), "--open", "--tars", "4", "--clips", "5"])
+    with pytest.raises(SystemExit):
+        bench_reader.main()
+    assert "15 clips in 3 tars: expected 20 in 4" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("arguments", "named"), [(["nowhere"], "nowhere"), (["SET", "--frames", "6"], "--frames 6")])

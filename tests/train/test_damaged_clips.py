@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from helpers.fake_shards import write_fake_shards
 from helpers.launches import TRAIN, Launch, Outcome, launch_all
+from helpers.shard_edits import locate, replace_bytes
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -20,25 +19,14 @@ from dualforce.data.order import ClipOrder
 
 TINY = Path(__file__).resolve().parents[2] / "ds_configs" / "runs" / "tiny.json"
 CLIPS, PER_STEP, DAMAGED = 8, 4, 5
-INDEX = "train-000000.index.json"
 
 
 def damage(root: Path, number: int, change: Callable[[Tensor], Tensor]) -> Path:
     """Other video latents in clip `number`, with checksums that agree, as a faulty writer would have left them."""
-    index = json.loads((root / INDEX).read_bytes())
-    member = index["samples"][number]["members"]["safetensors"]
-    with (root / "train-000000.tar").open("r+b") as file:
-        file.seek(member["offset"])
-        tensors = load(file.read(member["size"]))
-        data = save({**tensors, "video": change(tensors["video"])})
-        assert len(data) == member["size"]
-        file.seek(member["offset"])
-        file.write(data)
-    member["crc32"] = zlib.crc32(data)
-    (root / INDEX).write_text(json.dumps(index))
-    manifest = json.loads((root / "manifest.json").read_bytes())
-    manifest["files"][INDEX]["sha256"] = hashlib.sha256((root / INDEX).read_bytes()).hexdigest()
-    (root / "manifest.json").write_text(json.dumps(manifest))
+    member = locate(root)[number].payload
+    data = (root / "train-000000.tar").read_bytes()[member.offset : member.offset + member.size]
+    tensors = load(data)
+    replace_bytes(root, "train-000000.tar", number, "payload", save({**tensors, "video": change(tensors["video"])}))
     return root
 
 
@@ -78,13 +66,13 @@ def outcomes(folder: Path) -> dict[str, Outcome]:
     return launch_all(launches)
 
 
-@pytest.mark.parametrize(("name", "expected"), [("nan", "not finite"), ("shape", "expected [9, 16, 4, 4]")])
+@pytest.mark.parametrize(("name", "expected"), [("nan", "video: 2304 values"), ("shape", "another header: ")])
 @pytest.mark.parametrize("sequence", [1, 2])
 def test_the_clip_is_named_once(outcomes: dict[str, Outcome], name: str, expected: str, sequence: int) -> None:
     outcome = outcomes[f"{name}-{sequence}"]
     errors = [line for text in outcome.outputs for line in text.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, outcome.show()
-    assert "train-000000.tar: sample 'train-" in errors[0] and ": video: " in errors[0] and expected in errors[0]
+    assert "train-000000.tar: sample 'train-" in errors[0] and expected in errors[0]
     assert outcome.codes[1] == 2 and outcome.codes[0] != 0, outcome.show()
     if sequence == 2:  # without a launcher to end it, a rank that never reads the clip only sees its peer leave
         assert outcome.codes == [2, 2] and "Traceback" not in "".join(outcome.outputs), outcome.show()
