@@ -137,7 +137,14 @@ def perform(task: Task, device: str) -> Result:
 
 def times_of(video: Path) -> tuple[int, ...]:
     """When a video and the sidecar beside it were changed last, in ns; -1 for one that is not there."""
-    return tuple(path.stat().st_mtime_ns if path.exists() else -1 for path in (video, video.with_suffix(".json")))
+    return tuple(_time_of(path) for path in (video, video.with_suffix(".json")))
+
+
+def _time_of(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:  # also where the sidecar's name would be too long
+        return -1
 
 
 def find_result(results: Path, id: str) -> Result | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import shutil
@@ -16,6 +15,7 @@ import pytest
 import torch
 from helpers.fake_shards import write_fake_shards
 from helpers.loader_ranks import Clip, Layout, Segment, clips_of, gone, loader_of, marked, run
+from helpers.shard_edits import locate
 
 from data_shards.reader import ShardSet
 from data_shards.schema import ShardError
@@ -56,10 +56,10 @@ def loaders() -> list[Any]:
 
 def damage(root: Path, numbers: list[int]) -> Path:
     """Flip a bit in the latents of these clips."""
-    index = json.loads((root / "train-000000.index.json").read_bytes())
+    clips = locate(root)
     data = bytearray((root / "train-000000.tar").read_bytes())
     for number in numbers:
-        data[index["samples"][number]["tensors"]["video"]["offset"] + 5] ^= 4
+        data[clips[number].tensors["video"].offset + 5] ^= 4
     (root / "train-000000.tar").write_bytes(data)
     return root
 

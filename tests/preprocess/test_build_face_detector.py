@@ -72,7 +72,7 @@ def test_track_of_a_moving_face_in_source_pixels(
     monkeypatch.setattr(finder, "close", lambda: closed.append(True))
     track = track_faces(tmp_path / "v.mp4", finder)
     assert closed == [True]
-    assert track.tag == finder.tag and track.frames == 31
+    assert track.finder.tag == finder.tag and track.frames == 31
     assert track.times.tolist() == [0, 5, 10, 15, 20, 25, 30]
     assert track.found.tolist() == [True] * 6 + [False]
     truth = np.array([(300 + 8 * k, 100, 420 + 8 * k, 250) for k in range(0, 26, 5)])
@@ -125,13 +125,13 @@ def test_a_detector_that_changes_during_the_build_is_not_mixed_in(
 
     mine = shutil.copy(detector_file, tmp_path / "det_10g.onnx")
     clip(tmp_path / "clips" / "a.mp4", paint(grey(seed=1), STILL))
-    run = build.run_jobs
+    run = build.run_tasks
 
     def swapped(*arguments):
         blob_detector(mine, scale=1.1)
         return run(*arguments)
 
-    monkeypatch.setattr(build, "run_jobs", swapped)
+    monkeypatch.setattr(build, "run_tasks", swapped)
     with pytest.raises(build.BuildError, match=r"is 'insightface-detector-.*': expected 'insightface-detector-"):
         build_shards(tmp_path / "clips", tmp_path / "out", BuildOptions(size=64, face_detector=mine))
 

@@ -385,7 +385,7 @@ def test_every_field_of_a_job_counts_unless_it_is_a_name(tmp_path: Path) -> None
     """Also fields that are still to come: a value of another type than these is refused, not left out."""
     (tmp_path / "other").write_text("other")
     first = content_id(job(tmp_path), AROUND, ContentHashes())
-    others: dict[type, Any] = {int: 7, str: "other", type(None): "other", Limits: Limits(frames=41)}
+    others: dict[type, Any] = {int: 7, str: "other", type(None): "other", Limits: Limits(seconds=9)}
     for field in dataclasses.fields(Job):
         value = getattr(job(tmp_path), field.name)
         other = tmp_path / "other" if isinstance(value, Path) else others[type(value)]
