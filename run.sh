@@ -9,7 +9,7 @@ usage() {
   cat <<'TEXT'
 usage: ./run.sh COMMAND [ARGUMENTS]
 
-  setup [EXTRA ...]   create .venv and install (extras: data, dev, download, faces, fused, remote, speech, wan); what is installed is skipped
+  setup [EXTRA ...]   create .venv and install (extras: data, dev, download, faces, fused, speech, wan); what is installed is skipped
   demo [OPTIONS]      build shards, train, export and generate from the bundled sample (--help for options)
   train RUN.json --out DIR [OPTIONS]    train on this machine under the deepspeed launcher
   resume RUN.json --out DIR [OPTIONS]   go on from the newest checkpoint in DIR
@@ -111,7 +111,7 @@ case $verb in
   train) setup data; run_module tools.launch_local --run "$@" ;;
   resume) setup data; run_module tools.launch_local --resume --run "$@" ;;
   generate | export) setup data; exec "$venv/bin/dualforce" "$verb" "$@" ;;
-  test) setup data faces remote speech wan dev; run_tests "$@" ;;
+  test) setup data faces speech wan dev; run_tests "$@" ;;
   help | -h | --help) usage ;;
   *) usage >&2; fail "unknown command '$verb'" 2 ;;
 esac

@@ -11,11 +11,11 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from data_shards.schema import ShardError, shown
 
@@ -25,6 +25,7 @@ MAX_JSON_BYTES = 2**25
 MAX_JSON_VALUES = 800_000
 
 _BLOCK = 2**20
+ResultT = TypeVar("ResultT")
 Range = tuple[int, memoryview]  # offset in a file, and the room for what follows there
 
 # A pipe would block on opening, a link could leave the folder. Windows has neither flag.
@@ -32,7 +33,8 @@ _FLAGS = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 
 
 
 class Folder:
-    """The files of a shard set in a local folder, by name: all that reading a set asks of the place where it lies.
+    """The files of a shard set in a local folder, by name: all that reading a set asks of the place where it lies. For
+    sets on a server `remote.folder.RemoteFolder` does the same.
 
     Names must be checked before: they are joined to `root` as they are. Every method raises ShardError, which names the
     file, for one that is missing, unreadable or not a plain file. Safe to use from several threads.
@@ -40,12 +42,29 @@ class Folder:
 
     def __init__(self, root: Path, called: Path | None = None) -> None:
         """`called` is the folder that messages name, if it is another than `root`."""
-        self.root = root
+        self._root = root
         self._path, self._called = os.fspath(root), os.fspath(called or root)
+
+    def __str__(self) -> str:
+        """The folder as messages name it."""
+        return self._called
+
+    @property
+    def root(self) -> Path:
+        """The folder."""
+        return self._root
 
     def label(self, name: str) -> str:
         """The file as messages name it."""
         return os.path.join(self._called, name)
+
+    def expect(self, manifest: Mapping[str, Any]) -> None:
+        """Be told of the set's manifest, once its form has been checked. Nothing follows from it here."""
+
+    def checked(self, what: str, decode: Callable[[Folder], ResultT]) -> ResultT:
+        """What `decode` makes of the files, of which it checks every byte; `what` names a clip. A folder elsewhere may
+        call `decode` again, with other bytes, after a ShardError."""
+        return decode(self)
 
     def size(self, name: str) -> int:
         """Bytes of the file, which is not opened."""

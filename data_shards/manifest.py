@@ -37,7 +37,7 @@ def read_manifest(source: Folder, version: int = SHARD_VERSION) -> dict[str, Any
         raise ShardError(f"{origin}: sha256: absent: expected the checksum of the manifest")
     if version > 1 and _SEAL in data:
         # Damage leaves the layout as it was. A manifest in another one was edited, which only `verify` objects to.
-        _check_seal(data, origin)
+        check_sealed(data, origin)
     kinds = _KINDS if version >= _LAYOUTS_SINCE else {key: kind for key, kind in _KINDS.items() if key != "layouts"}
     for key, kind in kinds.items():
         if key not in manifest and key not in _OPTIONAL:
@@ -84,7 +84,7 @@ def sealed(manifest: Mapping[str, Any], origin: str) -> tuple[dict[str, Any], by
 
 def check_seal(source: Folder) -> None:
     """ShardError if a byte of manifest.json is not as it was written."""
-    _check_seal(source.document(MANIFEST_NAME), source.label(MANIFEST_NAME))
+    check_sealed(source.document(MANIFEST_NAME), source.label(MANIFEST_NAME))
 
 
 def set_hash(manifest: Mapping[str, Any]) -> str:
@@ -101,7 +101,8 @@ def set_hash(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256("".join(lines).encode("ascii")).hexdigest()
 
 
-def _check_seal(data: bytes, origin: str) -> None:
+def check_sealed(data: bytes, origin: str) -> None:
+    """The same of its bytes."""
     start = data.find(_SEAL) + len(_SEAL)
     if start < len(_SEAL):
         raise ShardError(f"{origin}: sha256: not on a line of its own: expected the layout that the writer gave it")

@@ -22,25 +22,32 @@ from data_shards.schema import SPLITS, ClipSample, ShardError, fail, tags_of
 
 
 class ShardSet:
-    """An opened shard set: `manifest` as it is on disk, and its splits."""
+    """An opened shard set: `manifest` as it is on disk, its splits, and `source`, whose text names it in messages."""
 
     def __init__(self, source: Folder, manifest: dict[str, Any]) -> None:
         """The set in `source` with a manifest whose form has been checked; raises as `open` does."""
-        self.root = source.root
         self.manifest = manifest
-        self._source = source
+        self.source = source
         self._index = _read_index(source, manifest)
 
+    @property
+    def root(self) -> Path:
+        """The folder of the set; ShardError for one on a server."""
+        return self.source.root
+
     @classmethod
-    def open(cls, root: Path) -> ShardSet:
-        """Read manifest and index of the set in folder `root`; checksums and tars are not read, but looked for.
+    def open(cls, root: Path | Folder) -> ShardSet:
+        """Read manifest and index of the set in folder `root`; checksums and tars are not read, but looked for (on a
+        server when they are read).
 
         Raises ShardError for a missing or foreign manifest, another version, a missing file, anything but plain files,
         a file of another size (truncated), an index that changed, clips that do not fill their tars, layouts that are
         not of the set's extractors, a key used twice, an identity in two splits, or counts that do not add up.
         """
-        source = Folder(root)
-        return cls(source, read_manifest(source))
+        source = root if isinstance(root, Folder) else Folder(root)
+        manifest = read_manifest(source)
+        source.expect(manifest)
+        return cls(source, manifest)
 
     @property
     def hash(self) -> str:
@@ -50,14 +57,14 @@ class ShardSet:
     def split(self, name: str) -> ShardReader:
         """Reader of "train" or "validation"; ShardError for another name."""
         if name not in SPLITS:
-            raise ShardError(f"{self.root}: split: {name!r}: expected one of {', '.join(SPLITS)}")
+            raise ShardError(f"{self.source}: split: {name!r}: expected one of {', '.join(SPLITS)}")
         train = self._index.train
         clips = range(train) if name == SPLITS[0] else range(train, len(self._index))
-        return ShardReader(self._source, self.manifest, self._index, clips)
+        return ShardReader(self.source, self.manifest, self._index, clips)
 
     def verify(self) -> None:
         """Read every file to its end; ShardError names the first whose bytes are not those written."""
-        check_seal(self._source)
+        check_seal(self.source)
         self._check_digest(INDEX_NAME)
         for number, tar in enumerate(self._index.tars):
             for name in (sums_name_of(tar), tar):
@@ -66,9 +73,9 @@ class ShardSet:
         self.check_ends()
 
     def _check_digest(self, name: str) -> None:
-        digest, expected = self._source.digest(name), self.manifest["files"][name]["sha256"]
+        digest, expected = self.source.digest(name), self.manifest["files"][name]["sha256"]
         if digest != expected:
-            raise ShardError(f"{self._source.label(name)}: sha256 {digest}: expected {expected}, the manifest's")
+            raise ShardError(f"{self.source.label(name)}: sha256 {digest}: expected {expected}, the manifest's")
 
     def check_ends(self) -> None:
         """ShardError for a tar that does not end behind its last clip: other readers would see more members."""
@@ -77,9 +84,9 @@ class ShardSet:
             members = rounded_up(last.record_bytes, TAR_BLOCK) + rounded_up(last.layout.size, TAR_BLOCK)
             end = last.start + 2 * TAR_BLOCK + members
             room = bytearray(self.manifest["files"][tar]["bytes"] - end)
-            self._source.fill(tar, [(end, memoryview(room))])
+            self.source.fill(tar, [(end, memoryview(room))])
             if room.strip(b"\0"):
-                label = self._source.label(tar)
+                label = self.source.label(tar)
                 raise ShardError(f"{label}: bytes behind the last member: expected zeros from {end} on")
 
     def _check_header(self, number: int) -> None:
@@ -87,18 +94,17 @@ class ShardSet:
         name, first = sums_name_of(self._index.tars[number]), self._index.first
         header = header_of(sums_forms(first[number + 1] - first[number], self._index.layouts[0].words))
         room = bytearray(len(header))
-        self._source.fill(name, [(0, memoryview(room))])
+        self.source.fill(name, [(0, memoryview(room))])
         if room != header:
-            raise ShardError(f"{self._source.label(name)}: another header: expected that of one column of checksums")
+            raise ShardError(f"{self.source.label(name)}: another header: expected that of one column of checksums")
 
 
 class ShardReader:
     """The clips of one split, in the order in which they were written. Safe to use from several threads."""
 
     def __init__(self, source: Folder, manifest: Mapping[str, Any], index: SetIndex, clips: range) -> None:
-        self.root = source.root
         self.manifest = manifest
-        self._source = source
+        self.source = source
         self._index = index
         self._clips = clips
         self._tags = tags_of(manifest["extractors"])
@@ -106,6 +112,11 @@ class ShardReader:
 
     def __len__(self) -> int:
         return len(self._clips)
+
+    @property
+    def root(self) -> Path:
+        """The folder of the set; ShardError for one on a server."""
+        return self.source.root
 
     @property
     def keys(self) -> list[str]:
@@ -130,18 +141,23 @@ class ShardReader:
         an index out of range, ValueError for a negative `beyond`.
         """
         if not 0 <= index < len(self._clips):
-            raise IndexError(f"clip {index} of {self.root}: expected 0 to {len(self._clips) - 1}")
+            raise IndexError(f"clip {index} of {self.source}: expected 0 to {len(self._clips) - 1}")
         if beyond < 0:
             raise ValueError(f"beyond: {beyond}: expected at least 0 latent frames")
         place = self._index.place(self._clips[index])
         most = place.layout.frames
         if frames is not None and not 1 <= frames <= most:
-            origin = self._source.label(place.tar)
+            origin = self.source.label(place.tar)
             raise fail(origin, place.key, "frames", frames, f"1 to {most}, the latent frames of the clip")
+        what, tags, rooms = (
+            f"sample {place.key!r}: {place.key}.json and {place.key}.safetensors:",
+            self._tags,
+            self._rooms,
+        )
         if frames is None or frames == most:
-            return read_whole(self._source, place, self._tags, self._rooms)
-        beyond = min(beyond, most - frames)
-        return read_prefix(self._source, place, self._tags, self._rooms, frames, beyond)
+            return self.source.checked(what, lambda source: read_whole(source, place, tags, rooms))
+        part, beyond = frames, min(beyond, most - frames)
+        return self.source.checked(what, lambda source: read_prefix(source, place, tags, rooms, part, beyond))
 
 
 def _read_index(source: Folder, manifest: Mapping[str, Any]) -> SetIndex:

@@ -8,6 +8,7 @@ file's own keys override; a file that is extended may not extend another.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -130,7 +131,11 @@ class ModelOverrides(Section):
 class DataConfig(Section):
     """Which clips a run trains on, and how they are dealt out."""
 
-    shards: str = Field(default="shards", description="folder of a shard set (with manifest.json)")
+    shards: str = Field(default="shards", description="folder of a shard set (with manifest.json), or its URL")
+    cache: str | None = Field(
+        default=None, description="folder on a disk of this machine for what is read of a set at a URL, which needs one"
+    )
+    cache_gib: float = Field(default=100.0, gt=0, description="GiB kept in data.cache at most")
     video_codec: str | None = Field(
         default=None, description="folder of the shards' video VAE, to decode sample frames; null: none are shown"
     )
@@ -230,23 +235,26 @@ class RunConfig(Section):
     train: TrainConfig
 
 
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # of a URL; one letter is a drive of Windows
+
 SectionT = TypeVar("SectionT", bound=Section)
 
 
 def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run file with its `extends` and `key=value` overrides (dotted keys, JSON values or plain words).
 
-    The paths of a file (`deepspeed`, `data.shards`, `data.video_codec`) are relative to that file; those of an
-    override, to the working directory. Raises ConfigError with one line for anything that is missing, unknown or out
-    of range.
+    The paths of a file (`deepspeed`, `data.shards`, `data.cache`, `data.video_codec`) are relative to that file; those
+    of an override, to the working directory. Raises ConfigError with one line for anything that is missing, unknown or
+    out of range.
     """
     values = _read_with_base(path)
     for item in overrides:
         key, found, text = item.partition("=")
         if not found or not key:
-            raise ConfigError(f"--set {item}: expected key=value, for example --set train.steps=10")
+            raise ConfigError(f"--set {_told(item)}: expected key=value, for example --set train.steps=10")
         _assign(values, key.split("."), _parse_value(text), item)
-    return validate(RunConfig, values, f"{path} with --set {' '.join(overrides)}" if overrides else str(path))
+    told = " ".join(map(_told, overrides))
+    return validate(RunConfig, values, f"{path} with --set {told}" if overrides else str(path))
 
 
 def validate(kind: type[SectionT], values: Mapping[str, Any], origin: str) -> SectionT:
@@ -293,9 +301,10 @@ def _with_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     if isinstance(values.get("deepspeed"), str):
         values["deepspeed"] = str(folder / values["deepspeed"])
     data = values.get("data")
-    for name in ("shards", "video_codec"):
+    for name in ("shards", "cache", "video_codec"):
         if isinstance(data, dict) and isinstance(data.get(name), str):
-            data[name] = str(folder / data[name])
+            is_url = name == "shards" and _SCHEME.match(data[name])
+            data[name] = data[name] if is_url else str(folder / data[name])
     return values
 
 
@@ -305,6 +314,11 @@ def _merged(base: dict[str, Any], delta: dict[str, Any]) -> dict[str, Any]:
         known = result.get(key)
         result[key] = _merged(known, value) if isinstance(known, dict) and isinstance(value, dict) else value
     return result
+
+
+def _told(item: str) -> str:
+    """An override for messages: a URL may hold a password."""
+    return f"{re.split('=|://', item)[0]}=..." if "://" in item else item
 
 
 def _parse_value(text: str) -> Any:
@@ -319,5 +333,5 @@ def _assign(values: dict[str, Any], key: list[str], value: Any, item: str) -> No
     for name in key[:-1]:
         section = section.setdefault(name, {})
         if not isinstance(section, dict):
-            raise ConfigError(f"--set {item}: {name} is a value, not a section")
+            raise ConfigError(f"--set {_told(item)}: {name} is a value, not a section")
     section[key[-1]] = value

@@ -41,9 +41,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 # Optional packages: imported in one file each, inside a function.
 OPTIONAL = (
     "av", "mediapipe", "soundfile", "transformers", "diffusers", "cv2", "insightface", "flash_attn", "scenedetect",
-    "silero_vad",
+    "silero_vad", "fsspec",
 )  # fmt: skip
 CONTRACT_NEEDS = {"numpy", "torch", "safetensors", "webdataset", "xxhash", "data_shards"}
+REMOTE_NEEDS = {"filelock", "fsspec"}  # torch needs both
 READS_PICKLES = {"dualforce/train/checkpoint.py", "dualforce/codecs/checkpoint_file.py"}
 READS_ENVIRONMENT = {"dualforce/launch.py", "tools/launch_local.py"}
 MUTATORS = {"append", "extend", "insert", "add", "update", "setdefault", "pop", "popitem", "clear", "remove", "discard"}
@@ -200,7 +201,8 @@ def test_optional_packages_are_imported_in_one_file_each_inside_a_function() -> 
 def test_shard_contract_needs_few_packages() -> None:
     for path in sources("data_shards"):
         used = {name.split(".")[0] for _, name in imports(parsed(path))}
-        assert used <= CONTRACT_NEEDS | sys.stdlib_module_names, name_of(path)
+        needs = CONTRACT_NEEDS | (REMOTE_NEEDS if path.parent.name == "remote" else set())
+        assert used <= needs | sys.stdlib_module_names, name_of(path)
 
 
 def test_pickles_are_read_in_one_file_only() -> None:

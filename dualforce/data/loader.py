@@ -44,7 +44,7 @@ class StepLoader(Generic[ItemT]):
         self.wait_seconds = 0.0  # time the consumer waited for data, over all steps
         self.damaged: list[Damaged] = []  # clips that could not be read, in the order of the steps; the thread is ahead
         self._known: set[str] = set()  # keys of them
-        self._split = Split(shards.root, SPLIT, shards.hash)
+        self._split = Split(shards.source, SPLIT, shards.hash)
         self._here = StepReader(reader, shards.hash, deal)
         self._deal = deal
         self._steps = range(start_step, stop_step)
@@ -97,7 +97,7 @@ class StepLoader(Generic[ItemT]):
             self._known.add(one.key)
             self.damaged.append(one)
         if found.fault is not None:
-            raise ShardError(found.fault)
+            raise found.fault
         return found.batches
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from data_shards.reader import ShardReader
+from data_shards.remote.fetch import RemoteError
 from data_shards.schema import ClipSample, ShardError
 from dualforce.config import ConfigError, DataConfig
 from dualforce.data.collate import collate
@@ -29,7 +30,7 @@ class StepRead(NamedTuple):
 
     batches: list[ClipBatch]
     damaged: list[Damaged]
-    fault: str | None
+    fault: ShardError | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,11 +65,11 @@ class Deal:
                 f"micro-batch {self.micro_batch}: expected a divisor of the {per_rank} clips per step and rank"
             )
         if not len(reader):
-            raise ConfigError(f"data.shards: {reader.root}: 0 clips in the split: expected at least 1")
+            raise ConfigError(f"data.shards: {reader.source}: 0 clips in the split: expected at least 1")
         if self.data.frames > reader.frames:
             raise ConfigError(
                 f"data.frames: {self.data.frames}: expected at most {reader.frames}, "
-                f"the latent frames of clips in {reader.root}"
+                f"the latent frames of clips in {reader.source}"
             )
 
 
@@ -94,7 +95,7 @@ class StepReader:
         try:
             return StepRead([self._batch(step, refs, met) for refs in parts], list(met.values()), None)
         except ShardError as error:
-            return StepRead([], list(met.values()), str(error))
+            return StepRead([], list(met.values()), error)
 
     def _batch(self, step: int, refs: list[ClipRef], met: dict[int, Damaged]) -> ClipBatch:
         samples = [self._read(step, ref, met) for ref in refs]
@@ -106,6 +107,8 @@ class StepReader:
             if choice.index not in self._unreadable:
                 try:
                     return self._reader.read(choice.index, self._deal.data.frames, self._beyond)
+                except RemoteError:  # a server's fault is not the clip's, nor that of every rank
+                    raise
                 except ShardError as error:
                     self._unreadable[choice.index] = str(error)
             # Told of in every step that meets it: another process may have met it first, in a later step.
@@ -113,4 +116,6 @@ class StepReader:
             met.setdefault(choice.index, Damaged(step, self._reader.keys[choice.index], reason))
             if len(self._unreadable) > self._deal.data.max_damaged:
                 raise ShardError(reason)
-        raise ShardError(f"{self._reader.root}: all {len(self._reader)} clips of the split are damaged: expected some")
+        raise ShardError(
+            f"{self._reader.source}: all {len(self._reader)} clips of the split are damaged: expected some"
+        )

@@ -7,12 +7,12 @@ import signal
 from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.multiprocessing  # tensors then go through pipes as shared memory
 
+from data_shards.files import Folder
 from data_shards.reader import ShardReader, ShardSet
 from data_shards.schema import ShardError
 from dualforce.data.handover import hand_over, taken
@@ -30,15 +30,15 @@ class LoaderError(RuntimeError):
 class Split(NamedTuple):
     """A split of a shard set as a process of its own opens it; nothing of the index goes from process to process."""
 
-    root: Path
+    source: Folder
     name: str
     hash: str  # of the set
 
     def open(self) -> ShardReader:
         """ShardError where the set cannot be opened, or is no longer the one with this hash."""
-        shards = ShardSet.open(self.root)
+        shards = ShardSet.open(self.source)
         if shards.hash != self.hash:
-            raise ShardError(f"{self.root}: hash {shards.hash}: expected {self.hash}, the set as the run opened it")
+            raise ShardError(f"{self.source}: hash {shards.hash}: expected {self.hash}, the set as the run opened it")
         return shards.split(self.name)
 
 
@@ -132,7 +132,7 @@ def _serve(pipe: Connection, split: Split, deal: Deal) -> None:
     try:
         read = StepReader(split.open(), split.hash, deal).read
     except ShardError as error:
-        read = partial(_failed, str(error))
+        read = partial(_failed, error)
     while (step := _asked(pipe)) is not None:
         _give(pipe, read(step))
 
@@ -149,5 +149,5 @@ def _give(pipe: Connection, found: StepRead) -> None:
         pipe.send((hand_over(found.batches), found.damaged, found.fault))
 
 
-def _failed(fault: str, step: int) -> StepRead:
+def _failed(fault: ShardError, step: int) -> StepRead:
     return StepRead([], [], fault)

@@ -86,8 +86,8 @@ def statistics_of_run(out: Path, shards: ShardSet, allow_new: bool) -> dict[str,
     if state.shards != shards.hash and not allow_new:
         raise ConfigError(
             f"{out}: checkpoint of step {state.step}: shards: {state.shards}: expected {shards.hash}, the hash of "
-            f"{shards.root}, as the order of the clips follows from it (data.allow_new_shards = true goes on with the "
-            "other set, in its order)"
+            f"{shards.source}, as the order of the clips follows from it (data.allow_new_shards = true goes on with "
+            "the other set, in its order)"
         )
     if saved.get("extractors") != shards.manifest["extractors"]:
         raise ConfigError(
@@ -99,13 +99,22 @@ def statistics_of_run(out: Path, shards: ShardSet, allow_new: bool) -> dict[str,
     return found
 
 
+def open_shards(run: RunConfig) -> tuple[ShardSet, RunConfig]:
+    """The set of `run`, and `run` as it may be told and written: a URL without user, password and query."""
+    from data_shards.reader import ShardSet
+    from data_shards.remote.source import locate
+
+    cache = Path(run.data.cache) if run.data.cache else None
+    shards = ShardSet.open(locate(run.data.shards, cache, int(run.data.cache_gib * 2**30)))
+    return shards, run.model_copy(update={"data": run.data.model_copy(update={"shards": str(shards.source)})})
+
+
 def _prepare(run: RunConfig, out: Path, resume: bool) -> tuple[Job, int]:
     # What needs DeepSpeed or the shards comes after the run file has been checked: a typo answers at once.
-    from data_shards.reader import ShardSet
     from dualforce.data.statistics import StreamStatistics
     from dualforce.train.setup import model_config, prepare_job
 
-    shards = ShardSet.open(Path(run.data.shards))
+    shards, run = open_shards(run)
     model = model_config(run, shards.manifest)
     manifest = dict(shards.manifest)
     if resume:

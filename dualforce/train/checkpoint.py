@@ -137,7 +137,7 @@ FREE_ON_RESUME = frozenset(
 ) | {
     "data.prefetch", "data.workers", "data.allow_new_shards", "parallel.recompute", "parallel.graphs",
     # Where files lie; what is in them is compared (of the shards by their hash).
-    "data.shards", "data.video_codec", "deepspeed",
+    "data.shards", "data.cache", "data.cache_gib", "data.video_codec", "deepspeed",
 }  # fmt: skip
 
 

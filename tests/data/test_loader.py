@@ -33,7 +33,7 @@ class OpenedWith:
     """A set that gives another reader for every split."""
 
     def __init__(self, shards: ShardSet, reader: Any) -> None:
-        self.root, self.hash, self._reader = shards.root, shards.hash, reader
+        self.source, self.hash, self._reader = shards.source, shards.hash, reader
 
     def split(self, name: str) -> Any:
         return self._reader
@@ -100,7 +100,7 @@ class CountingReader(ShardReader):
     """Waits for a permit before each clip; `at(n)` is an event that the n-th reading sets."""
 
     def __init__(self, reader: ShardReader, permits: int = 10_000) -> None:
-        super().__init__(reader._source, reader.manifest, reader._index, reader._clips)
+        super().__init__(reader.source, reader.manifest, reader._index, reader._clips)
         self.permits = threading.Semaphore(permits)
         self._reads: list[threading.Event] = [threading.Event() for _ in range(1000)]
         self._count = 0
@@ -197,7 +197,7 @@ class Whole:
 
     def __init__(self, reader: ShardReader) -> None:
         self.asked: list[tuple[int, ...]] = []
-        self.root, self.frames, self.keys, self._reader = reader.root, reader.frames, reader.keys, reader
+        self.source, self.frames, self.keys, self._reader = reader.source, reader.frames, reader.keys, reader
 
     def __len__(self) -> int:
         return len(self._reader)
@@ -212,7 +212,7 @@ class Faulty:
 
     def __init__(self, reader: ShardReader, bad: set[int]) -> None:
         self.bad, self.tried, self._reader = bad, [], reader
-        self.root, self.frames, self.keys = reader.root, reader.frames, reader.keys
+        self.source, self.frames, self.keys = reader.source, reader.frames, reader.keys
 
     def __len__(self) -> int:
         return len(self._reader)

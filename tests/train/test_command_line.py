@@ -56,6 +56,6 @@ def test_other_extractors_are_refused_always(tmp_path: Path, stream: str) -> Non
     write_run(tmp_path, shards, shards=shards.hash)
     manifest = copy.deepcopy(shards.manifest)
     manifest["extractors"][stream]["tag"] = "other-v1"
-    other = SimpleNamespace(root=shards.root, manifest=manifest, hash="0" * 64)
+    other = SimpleNamespace(source=shards.source, manifest=manifest, hash="0" * 64)
     with pytest.raises(ConfigError, match=r"extractors differ from those of data\.shards"):
         statistics_of_run(tmp_path, other, True)  # type: ignore[arg-type]
