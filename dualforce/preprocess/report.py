@@ -20,6 +20,7 @@ from typing import Any
 from data_shards.files import publish
 from data_shards.schema import ClipSample
 from dualforce import __version__
+from dualforce.codecs.provenance import origin_of
 from dualforce.preprocess.charts import HEIGHT, WIDTH, Histogram, histogram
 from dualforce.preprocess.process import Job
 from dualforce.preprocess.reasons import part_of
@@ -123,9 +124,16 @@ def _facts(made: Made) -> dict[str, Any]:
         "rejected": made.rejected,
         "licences": dict(sorted(made.tally.licences.items())),
         "extractors": made.extractors,
+        "origins": {tag: origin_of(tag) for tag in sorted(_tags(made))},
         "info": made.info,
         "histograms": [asdict(chart) for chart in [*charts, *made.tally.histograms()]],
     }
+
+
+def _tags(made: Made) -> set[str]:
+    """Tags of all that made the set, the finder of faces included."""
+    finder = made.info.get("face_detector")
+    return {entry["tag"] for entry in made.extractors.values()} | ({finder} if finder else set())
 
 
 def _page(made: Made, facts: Mapping[str, Any]) -> str:

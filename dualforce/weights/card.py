@@ -7,16 +7,7 @@ from typing import Any
 
 import torch
 
-# Where each frozen extractor comes from and its licence, by the start of its tag.
-EXTRACTORS = {
-    "dct-": "fixed orthonormal transform, part of DualForce (Apache-2.0), no weights",
-    "logmel-": "log-mel spectrum, part of DualForce (Apache-2.0), no weights",
-    "rendered-head-": "known motion of rendered heads, part of DualForce (Apache-2.0), no weights",
-    "mediapipe-face-landmarker-": "MediaPipe FaceLandmarker, face_landmarker.task by Google (Apache-2.0)",
-    "liveportrait-": "LivePortrait motion extractor, motion_extractor.pth by KwaiVGI (MIT)",
-    "deca-": "DECA, FLAME parameters (for non-commercial use, after registration)",
-    "emoca-": "EMOCA, FLAME parameters (for non-commercial use, after registration)",
-}
+from dualforce.codecs.provenance import origin_of
 
 CARD = """# DualForce model
 
@@ -75,5 +66,4 @@ def model_card(config: Mapping[str, Any], hashes: Mapping[str, str], parameters:
 
 
 def _extractor_line(stream: str, tag: str) -> str:
-    known = [text for start, text in EXTRACTORS.items() if tag.startswith(start)]
-    return f"- {stream}: `{tag}`: {known[0] if known else 'see the terms of its owner'}"
+    return f"- {stream}: `{tag}`: {origin_of(tag)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -94,6 +95,9 @@ def test_rendered_clips_are_cropped_where_the_detector_says(tmp_path: Path, dete
     }  # fmt: skip
     tag = RetinaFaceModel(detector_file).tag
     assert manifest["info"]["face_detector"] == tag
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert "non-commercial" in report["origins"][tag] and "Apache-2.0" in report["origins"]["dct-4x8x8-16-v1"]
+    assert f"<td>{tag}</td><td>{report['origins'][tag]}</td>" in (tmp_path / "out" / "report.html").read_text()
     assert manifest["extractors"]["motion"]["tag"] == "test-v1"
     wanted = square_boxes(face_squares(np.array([STILL])))[0]
     found = samples(tmp_path / "out")
