@@ -54,19 +54,22 @@ def video_codec_in(folder: Path | None, device: str | torch.device = "cpu") -> V
     return video_dct.DctVideoCodec() if folder is None else video_wan.WanVideoCodec(folder, device)
 
 
-def audio_encoder(tag: str, folder: Path | None = None) -> AudioEncoder:
-    """The audio encoder of a tag; `folder` holds the pretrained model where the tag names one.
+def audio_encoder(tag: str, folder: Path | None = None, device: str | torch.device = "cpu") -> AudioEncoder:
+    """The audio encoder of a tag on `device`; `folder` holds the pretrained model where the tag names one.
 
-    Raises CodecError for an unknown tag, without the folder, or for a folder with another model.
+    Raises CodecError for an unknown tag, without the folder or with one that the tag needs not, or for a folder with
+    another model.
     """
     if tag == audio_logmel.TAG:
+        if folder is not None:
+            raise CodecError(f"--audio-encoder {folder}: not used: expected none, as the audio encoder is {tag!r}")
         return audio_logmel.LogMelAudio()
     if tag.partition("-")[0] not in audio_speech.KINDS:
         kinds = " or ".join(audio_speech.KINDS)
         raise CodecError(f"audio encoder {tag!r}: unknown; expected {audio_logmel.TAG!r} or that of a {kinds} model")
     if folder is None:
         raise CodecError(f"audio {tag!r}: needs --audio-encoder DIR, the folder of the model with this tag")
-    found = audio_speech.SpeechFeatures(folder)
+    found = audio_speech.SpeechFeatures(folder, str(device))
     if found.tag != tag:
         raise CodecError(f"--audio-encoder {folder}: is {found.tag!r}: expected {tag!r}")
     return found
@@ -112,6 +115,8 @@ def motion_encoder(
         if found.tag != tag:
             raise CodecError(f"--motion-extractor {motion_extractor}: is {found.tag!r}: expected {tag!r}")
         return found
+    if motion_extractor is not None:
+        raise CodecError(f"--motion-extractor {motion_extractor}: not used: expected none, as the motion is {tag!r}")
     if tag != motion_landmarker.TAG:
         raise CodecError(
             f"motion {tag!r}: no encoder computes it from pictures; expected a motion file with this tag, or motion of "

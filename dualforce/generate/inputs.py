@@ -80,8 +80,8 @@ class Prepared:
 def prepare(
     sources: Sources, config: Mapping[str, Any], model: ModelConfig, origin: str, device: str | torch.device = "cpu"
 ) -> Prepared:
-    """Read and code all inputs for a model folder's `config`. `origin` names the folder in errors; a pretrained video
-    codec runs on `device`.
+    """Read and code all inputs for a model folder's `config`. `origin` names the folder in errors; pretrained networks
+    run on `device`.
 
     Raises GenerateError, MediaError, SidecarError or CodecError, each with one line.
     """
@@ -96,13 +96,18 @@ def prepare(
     face = _face(sources.image, size, sources.face_landmarker)
     picture = face(size)
     # Motion is read from a picture of the edge that the shard builder reads it from: blendshapes depend on it.
-    motion = _motion(sources, extractors["motion"], face, max(size, CROP_SIZE), count)
+    motion = _motion(sources, extractors["motion"], face, max(size, CROP_SIZE), count, device)
     given = len(motion) > 1
     inputs = RolloutInputs(
         reference=statistics.normalise_reference(codec.encode_image(picture)),
         first_motion=statistics.normalise_struct(motion[:1]).expand(STRUCT_TOKENS, -1),
         audio=statistics.normalise_audio(
-            _audio(wave, audio_encoder(extractors["audio"]["tag"], sources.audio_encoder), frames, model.audio.context)
+            _audio(
+                wave,
+                audio_encoder(extractors["audio"]["tag"], sources.audio_encoder, device),
+                frames,
+                model.audio.context,
+            )
         ),
         text=_text(sources, extractors, model, device),
         struct=statistics.normalise_struct(_on_clock(motion, frames)) if given else None,
@@ -224,13 +229,18 @@ def _cropped(path: Path, picture: Pixels, face_landmarker: Path) -> Callable[[in
 
 
 def _motion(
-    sources: Sources, extractor: Mapping[str, Any], face: Callable[[int], Pixels], edge: int, count: int
-) -> Tensor:
+    sources: Sources, extractor: Mapping[str, Any], face: Callable[[int], Pixels], edge: int, count: int,
+    device: str | torch.device,
+) -> Tensor:  # fmt: skip
     """Motion [1,Cs] of frame 0, or [P,Cs] of the whole clip when a motion file has more than one row."""
     tag = extractor["tag"]
     if sources.motion is not None:
+        if sources.motion_extractor is not None:
+            raise GenerateError(
+                f"--motion-extractor {sources.motion_extractor}: not used: expected none, as --motion gives the motion"
+            )
         return _given_motion(sources.motion, read_motion(sources.motion), extractor, count)
-    encoder = motion_encoder(tag, sources.face_landmarker, sources.motion_extractor)
+    encoder = motion_encoder(tag, sources.face_landmarker, sources.motion_extractor, str(device))
     try:
         return encoder.encode(face(edge)[None], FPS)
     except NoFaceError:

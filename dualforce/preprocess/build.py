@@ -12,6 +12,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from data_shards.reader import ShardSet
@@ -230,7 +231,11 @@ def _captions(
     def track(texts: list[str]) -> Iterator[str]:
         yield from progress.track(texts, len(texts), "embedding texts")
 
-    return {"tag": encoder.tag, "width": encoder.width}, embed_captions(texts, encoder, scratch, track)
+    entry, embedded = {"tag": encoder.tag, "width": encoder.width}, embed_captions(texts, encoder, scratch, track)
+    del encoder
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # the workers need the room
+    return entry, embedded
 
 
 def _sidecar_motion(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from dualforce.codecs.protocols import TextEncoder
@@ -50,7 +50,7 @@ def embed_captions(
         embedding = encoder.encode(text).half()
         if not bool(torch.isfinite(embedding).all()):
             raise CaptionError(f"--captions: {text[:60]!r}: {encoder.tag} gave NaN or infinity: expected finite values")
-        save_file({"text": embedding}, files[text])
+        files[text].write_bytes(save({"text": embedding}))  # raises OSError on a full disk, which save_file does not
     return {source: Caption(text, encoder.tag, files[text]) for source, text in cleaned.items()}
 
 

@@ -16,13 +16,14 @@ from typing import Any
 
 from data_shards.files import encode_json
 from data_shards.schema import RECORD_VERSION
-from dualforce import codecs, preprocess
+from dualforce import codecs, preprocess, types
 from dualforce.preprocess.process import Job
 
 # Fields of a job that do not change what the stages compute. Every other field counts, also those yet to come.
 NAMES = frozenset(("video", "source", "key", "identity", "bytes", "scratch", "device"))
 LIBRARIES = (
-    "av", "diffusers", "insightface", "mediapipe", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "opencv-python",
+    "av", "diffusers", "insightface", "mediapipe", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu",
+    "opencv-contrib-python", "opencv-python",
     "scenedetect", "silero-vad", "torch", "transformers",
 )  # fmt: skip
 
@@ -95,8 +96,10 @@ def _hash_folder(folder: Path) -> str:
 def _hash_code() -> str:
     """Hash of the sources that make samples: a change of any of them may change the samples."""
     sources = [Path(package.__path__[0]) for package in (codecs, preprocess)]
-    return digest({f"{root.name}/{path.relative_to(root).as_posix()}": hash_file(path)
-                   for root in sources for path in sorted(root.rglob("*.py"))})  # fmt: skip
+    files = [
+        (f"{root.name}/{path.relative_to(root).as_posix()}", path) for root in sources for path in root.rglob("*.py")
+    ]
+    return digest({name: hash_file(path) for name, path in sorted([*files, ("types", Path(types.__file__))])})
 
 
 def _version(name: str) -> str | None:

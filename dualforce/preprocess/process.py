@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,12 +67,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a video: files of its samples (stems in the scratch folder) in order, rejections, seconds."""
+    """What became of a video: files of its samples (stems in the scratch folder) in order, and rejections."""
 
     source: str
     samples: tuple[Path, ...] = ()
     rejected: tuple[dict[str, Any], ...] = ()
-    seconds: float = 0.0
 
 
 @dataclass
@@ -103,7 +101,6 @@ class _Clip:
 def process_video(job: Job) -> Outcome:
     """Run all stages on one video and write its samples to the scratch folder. Raises nothing that the video can cause:
     whatever is wrong with it is in `rejected`. Raises OSError when the disk is full."""
-    begun = time.monotonic()
     try:
         clip = _prepare(job)
         samples = tuple(_store(job, sample) for sample in _samples(clip))
@@ -121,7 +118,7 @@ def process_video(job: Job) -> Outcome:
             raise
         detail = f"{type(error).__name__}: {error}".splitlines()[0]
         samples, rejected = (), (rejection(job.source, Reason.E_INTERNAL, detail),)
-    return Outcome(job.source, samples, rejected, time.monotonic() - begun)
+    return Outcome(job.source, samples, rejected)
 
 
 def rejection(source: str, reason: Reason, detail: str, window: int | None = None) -> dict[str, Any]:
@@ -229,7 +226,8 @@ def _window_figures(clip: _Clip, window: Window) -> dict[str, float]:
 
 def _window_crops(clip: _Clip, windows: list[Window]) -> Iterator[tuple[Window, Pixels]]:
     """Crops [81,S,S,3] of one window after the other: one window of pictures is held at a time."""
-    looked_at = clip.sidecar is None or clip.limits.judge_rendered  # by an encoder or a check that needs more pixels
+    # By an encoder or a check that needs more pixels.
+    looked_at = clip.sidecar is None or clip.flame is not None or clip.limits.judge_rendered
     size = max(clip.job.size, motion_landmarker.CROP_SIZE) if looked_at else clip.job.size
     frames = crop_frames(clip.job.video, clip.crop, [window.frames for window in windows], size)
     for window in windows:
@@ -312,8 +310,16 @@ def _meta(
         meta["coded"] = coded
     if clip.sidecar is not None:
         meta |= {"licence": clip.sidecar.licence, "audio_offset_s": clip.sidecar.audio_offset}
-        meta["not_judged"] = [] if clip.limits.judge_rendered else list(quality.UNJUDGED)
+    if unjudged := _not_judged(clip, measured):
+        meta["not_judged"] = unjudged
     return meta
+
+
+def _not_judged(clip: _Clip, measured: Mapping[str, float]) -> list[str]:
+    """What was not asked of a window: of rendered clips by the limits, and what could not be measured."""
+    if clip.sidecar is not None and not clip.limits.judge_rendered:
+        return list(quality.UNJUDGED)
+    return [name for name in quality.UNJUDGED if name not in measured]
 
 
 def _store(job: Job, sample: ClipSample) -> Path:

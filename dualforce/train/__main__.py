@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from data_shards.remote.fetch import RemoteError
 from data_shards.schema import ShardError
 from dualforce import launch
 from dualforce.config import ConfigError, ModelConfig, RunConfig, load_run, read_json
@@ -31,6 +32,8 @@ def main() -> None:
         out = arguments.out or Path("runs") / arguments.run.stem
         _check_out(out, arguments.resume)
         job, start = _prepare(run, out, arguments.resume)
+    except RemoteError as error:  # each rank asks the server for itself
+        _leave(error, True)
     except ValueError as error:  # ConfigError and ShardError too; every rank meets the same one
         _leave(error, launch.is_main())
     from dualforce.data.workers import LoaderError
@@ -39,10 +42,10 @@ def main() -> None:
 
     try:
         train(job, start)
+    except (LoaderError, RemoteError) as error:  # of this rank alone
+        _leave(error, True)
     except ShardError as error:  # a clip's; only the ranks that share the clip meet it, and the first of them speaks
         _leave(error, job.context.grid.sp_rank == 0)
-    except LoaderError as error:  # a process of this rank alone
-        _leave(error, True)
     close_engine(job.engine)
     launch.finish()
 

@@ -321,6 +321,8 @@ BAD: dict[str, tuple[Callable[[Path, Path], dict[str, Any]], str]] = {
     "device": (option(device="abacus"), "--device abacus: expected auto, cpu, cuda"),
     "text-untrained": (option(text="a man", text_encoder="x"), "--text: this model was trained without texts"),
     "video-codec": (absent("video_codec", "vae"), "vae: not used: expected none, as the video codec is 'dct"),
+    "audio-encoder": (absent("audio_encoder", "x"), "x: not used: expected none, as the audio encoder is 'logmel-80"),
+    "motion-extractor": (absent("motion_extractor", "x"), "x: not used: expected none, as --motion gives the motion"),
     "out": (lambda shop, work: {"out": work / "v.avi"}, "v.avi: expected a name that ends in .mp4"),
 }
 

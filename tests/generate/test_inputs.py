@@ -85,7 +85,7 @@ def test_motion_is_read_from_a_crop_of_the_size_that_training_used(
             seen.append(pixels.shape)
             return super().encode(pixels, fps)
 
-    monkeypatch.setattr(module, "motion_encoder", lambda tag, path, extractor: Recorder(path))
+    monkeypatch.setattr(module, "motion_encoder", lambda tag, path, extractor, device: Recorder(path))
     model, config = real_config(128, LandmarkerMotion.width)
     prepare(sources, config, model, "config.json")
     assert seen == [(1, CROP_SIZE, CROP_SIZE, 3)]

@@ -160,4 +160,5 @@ def test_motion_of_the_crops_is_the_landmarkers(
     wanted = square_boxes(face_squares(np.array([bar], np.float64)))[0]
     assert np.abs(np.array(sample.meta["crop"]["boxes"]) - wanted).max() <= 6
     assert sample.meta["finders"]["faces"]["tag"] == manifest["info"]["face_detector"]
+    assert sample.meta["not_judged"] == ["yaw_rate"]  # the detector does not see it
     assert sample.struct.shape == (21, 4, 58) and float(sample.struct.std(dim=(0, 1)).max()) > 0.1

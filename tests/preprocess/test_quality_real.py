@@ -136,4 +136,4 @@ def test_rendered_clips_are_judged_when_asked_for(tmp_path: Path) -> None:
     assert reasons(run(tmp_path / "a.mp4", None, tmp_path / "s", judged)) == ["R_NOSPEECH"]
     assert reasons(run(tmp_path / "a.mp4", None, tmp_path / "s", replace(judged, speech_share=0.0))) == ["R_BLUR"]
     last = run(tmp_path / "a.mp4", None, tmp_path / "s", replace(judged, speech_share=0.0, sharpness=0.0))
-    assert load_sample(last.samples[0]).meta["not_judged"] == []
+    assert load_sample(last.samples[0]).meta["not_judged"] == ["yaw_rate"]
