@@ -137,7 +137,7 @@ def _tags(made: Made) -> set[str]:
 
 
 def _page(made: Made, facts: Mapping[str, Any]) -> str:
-    import jinja2  # comes with torch
+    import jinja2
 
     environment = jinja2.Environment(
         autoescape=True, finalize=printable, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True

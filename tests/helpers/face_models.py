@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
+
+from dualforce.codecs.protocols import CodecError
 
 Shapes = dict[str, tuple[int, ...]]
 Tensors = dict[str, Tensor]
@@ -108,3 +112,10 @@ def random_weights(shapes: Shapes, seed: int) -> Tensors:
 def hollow(shapes: Shapes) -> Tensors:
     """Zeros of these shapes that take no room: files for tests in which the values do not matter."""
     return {name: torch.tensor(0 if name.endswith("tracked") else 0.0).expand(shape) for name, shape in shapes.items()}
+
+
+def assert_refused(load: Callable[[Path], object], path: Path, message: str) -> None:
+    """A checkpoint that cannot be used is one line that names it."""
+    with pytest.raises(CodecError, match=message) as caught:
+        load(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
