@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, field_validator, model_validator
 
 from dualforce.config_errors import describe
 
@@ -131,7 +131,10 @@ class ModelOverrides(Section):
 class DataConfig(Section):
     """Which clips a run trains on, and how they are dealt out."""
 
-    shards: str = Field(default="shards", description="folder of a shard set (with manifest.json), or its URL")
+    shards: str | list[str] = Field(
+        default="shards",
+        description="folder of a shard set (with manifest.json), or its URL; a list: one bucket of clips for each set",
+    )
     cache: str | None = Field(
         default=None, description="folder on a disk of this machine for what is read of a set at a URL, which needs one"
     )
@@ -139,7 +142,9 @@ class DataConfig(Section):
     video_codec: str | None = Field(
         default=None, description="folder of the shards' video VAE, to decode sample frames; null: none are shown"
     )
-    frames: int = Field(default=9, ge=1, description="latent frames of a training clip, 1 + k * frames_per_chunk")
+    frames: PositiveInt | list[PositiveInt] = Field(
+        default=9, description="latent frames of a training clip, 1 + k * frames_per_chunk; a list: for each set"
+    )
     clips_per_step: int = Field(default=8, ge=1, description="clips of one optimizer step over all ranks")
     max_micro_batch: int = Field(default=8, ge=1, description="clips per forward on one data-parallel rank, at most")
     prefetch: int = Field(default=2, ge=1, description="steps read ahead")
@@ -150,6 +155,26 @@ class DataConfig(Section):
         ge=0,
         description="damaged clips that a data-parallel rank replaces by others; the next ends the run",
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if not self.sets or not all(self.sets):
+            raise ValueError(f"shards {json.dumps(self.shards)}: expected the name of at least one set, none empty")
+        if isinstance(self.frames, list) and len(self.frames) != len(self.sets):
+            raise ValueError(
+                f"frames {json.dumps(self.frames)}: expected one number, or one for each of {len(self.sets)} sets"
+            )
+        return self
+
+    @property
+    def sets(self) -> tuple[str, ...]:
+        """`shards` as a tuple."""
+        return (self.shards,) if isinstance(self.shards, str) else tuple(self.shards)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Latent frames of a training clip of each set."""
+        return tuple(self.frames) if isinstance(self.frames, list) else (self.frames,) * len(self.sets)
 
 
 class NoiseConfig(Section):
@@ -301,11 +326,20 @@ def _with_paths(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     if isinstance(values.get("deepspeed"), str):
         values["deepspeed"] = str(folder / values["deepspeed"])
     data = values.get("data")
-    for name in ("shards", "cache", "video_codec"):
-        if isinstance(data, dict) and isinstance(data.get(name), str):
-            is_url = name == "shards" and _SCHEME.match(data[name])
-            data[name] = data[name] if is_url else str(folder / data[name])
+    if isinstance(data, dict):
+        for name in ("cache", "video_codec"):
+            if isinstance(data.get(name), str):
+                data[name] = str(folder / data[name])
+        if "shards" in data:
+            data["shards"] = _sets_from(data["shards"], folder)
     return values
+
+
+def _sets_from(shards: Any, folder: Path) -> Any:
+    """Names of shard sets in a file of `folder`; what is no text is left for the check of types."""
+    if isinstance(shards, list):
+        return [_sets_from(one, folder) for one in shards]
+    return str(folder / shards) if isinstance(shards, str) and shards and not _SCHEME.match(shards) else shards
 
 
 def _merged(base: dict[str, Any], delta: dict[str, Any]) -> dict[str, Any]:

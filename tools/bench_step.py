@@ -138,7 +138,7 @@ def _subject(options: argparse.Namespace) -> Subject:
     video, text = (shards.manifest["extractors"].get(name) for name in ("video", "text"))
     if text is not None:
         raise ConfigError(f"--shards {options.shards}: has text of any length: expected a set without, to count FLOPs")
-    return Subject(model_config(_run(options, 1), shards.manifest), (video["height"], video["width"]), 1, shards)
+    return Subject(model_config(_run(options, 1), [shards.manifest]), (video["height"], video["width"]), 1, shards)
 
 
 def _run(options: argparse.Namespace, clips: int) -> RunConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 from data_shards.reader import ShardSet
@@ -22,9 +22,9 @@ class StepLoader(Generic[ItemT]):
     """Iterates over optimizer steps `start_step` to `stop_step - 1`; each is what `finish` makes, in the background, of
     one rank's list of micro-batches.
 
-    The clips of a step are a pure function of (hash of the set, seed, step): ranks, micro-batches, workers and
-    resumption only deal them out (`Deal`). All ranks of a sequence-parallel group pass the same `dp_rank` and get the
-    same clips.
+    `sets` are those of `data.shards`; a step is of one of them. Its clips are a pure function of (hashes of the sets,
+    seed, step): ranks, micro-batches, workers and resumption only deal them out (`Deal`). All ranks of a
+    sequence-parallel group pass the same `dp_rank` and get the same clips.
 
     Steps are read by `data.workers` processes, or by the thread itself if that is 0; `finish` is called in the thread.
     Up to `data.prefetch` finished steps wait in memory, and each process has one more at hand. Thread and processes end
@@ -37,15 +37,20 @@ class StepLoader(Generic[ItemT]):
     """
 
     def __init__(
-        self, shards: ShardSet, deal: Deal, start_step: int, stop_step: int, finish: Callable[[list[ClipBatch]], ItemT]
+        self,
+        sets: Sequence[ShardSet],
+        deal: Deal,
+        start_step: int,
+        stop_step: int,
+        finish: Callable[[list[ClipBatch]], ItemT],
     ) -> None:
-        reader = shards.split(SPLIT)
-        deal.check(reader)
+        readers = [opened.split(SPLIT) for opened in sets]
+        deal.check(readers)
         self.wait_seconds = 0.0  # time the consumer waited for data, over all steps
         self.damaged: list[Damaged] = []  # clips that could not be read, in the order of the steps; the thread is ahead
-        self._known: set[str] = set()  # keys of them
-        self._split = Split(shards.source, SPLIT, shards.hash)
-        self._here = StepReader(reader, shards.hash, deal)
+        self._known: set[tuple[int, str]] = set()  # bucket and key of them
+        self._splits = [Split(opened.source, SPLIT, opened.hash) for opened in sets]
+        self._here = StepReader(readers, [opened.hash for opened in sets], deal)
         self._deal = deal
         self._steps = range(start_step, stop_step)
         self._finish = finish
@@ -55,7 +60,7 @@ class StepLoader(Generic[ItemT]):
         """Steps from `start_step` on; a second call ends the first iteration and starts again."""
         self.close()
         data = self._deal.data
-        pool = WorkerPool(self._split, self._deal, self._steps, data.workers) if data.workers else None
+        pool = WorkerPool(self._splits, self._deal, self._steps, data.workers) if data.workers else None
 
         def make(step: int) -> ItemT | None:
             found = self._here.read(step) if pool is None else pool.take()
@@ -74,6 +79,10 @@ class StepLoader(Generic[ItemT]):
         finally:
             ahead.close()
 
+    def bucket_of_step(self, step: int) -> int:
+        """Number of the set in `sets` that all clips of a step are of."""
+        return self._here.bucket_of_step(step)
+
     def step(self, step: int) -> list[ClipBatch]:
         """Read and collate the micro-batches of one step, here and now."""
         return self._accepted(self._here.read(step))
@@ -89,12 +98,12 @@ class StepLoader(Generic[ItemT]):
         """The micro-batches of a step, after its damage has been counted."""
         most = self._deal.data.max_damaged
         for one in found.damaged:
-            if one.key in self._known:
+            if (one.bucket, one.key) in self._known:
                 continue
             if len(self.damaged) >= most:
                 before = f"; {most} before it: expected no more than data.max_damaged" if most else ""
                 raise ShardError(f"{one.reason}{before}")
-            self._known.add(one.key)
+            self._known.add((one.bucket, one.key))
             self.damaged.append(one)
         if found.fault is not None:
             raise found.fault

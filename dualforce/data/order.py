@@ -17,23 +17,28 @@ from numpy.typing import NDArray
 
 
 class ClipRef(NamedTuple):
-    """One clip of a step: `position` in its epoch (it keys the clip's noise) and `index` in the split."""
+    """One clip of a step: `position` in its epoch (it keys the clip's noise) and `index` in the split of its bucket."""
 
     epoch: int
     position: int
     index: int  # type: ignore[assignment]  # hides tuple.index, which nothing needs
+    bucket: int = 0
 
 
 def permutation(shards: str, seed: int, epoch: int, count: int) -> NDArray[np.int64]:
     """Order of the `count` clips of the set with hash `shards` in `epoch`, [count] int64.
 
-    Sorts the raw words of a Philox generator: unlike the methods of numpy's Generator, the words are promised to stay
-    the same over versions and platforms. The sort is stable, so equal words do not matter.
+    Sorts the raw words of a Philox generator. The sort is stable, so equal words do not matter.
     """
+    return np.argsort(random_words(shards, seed, epoch, count), kind="stable").astype(np.int64)
+
+
+def random_words(shards: str, seed: int, turn: int, count: int) -> NDArray[np.uint64]:
+    """[count] words of a Philox generator keyed by (shards, seed, turn): unlike the methods of numpy's Generator, the
+    words are promised to stay the same over versions and platforms."""
     digest = hashlib.sha256(shards.encode()).digest()  # always eight words, so that no two keys run into each other
     key = [int.from_bytes(digest[i : i + 4], "little") for i in range(0, len(digest), 4)]
-    words = np.random.Philox(np.random.SeedSequence([*key, seed, epoch])).random_raw(count)
-    return np.argsort(words, kind="stable").astype(np.int64)
+    return np.random.Philox(np.random.SeedSequence([*key, seed, turn])).random_raw(count).astype(np.uint64)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Video has two rows of statistics: frame 0 (one pixel frame) and the other frames
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -101,6 +101,28 @@ class StreamStatistics:
         row = [0 if first_frame + frame == 0 else 1 for frame in range(x.shape[-4])]
         mean, std = self.video_mean[row], self.video_std[row]
         return mean[:, :, None, None].to(x.device), std[:, :, None, None].to(x.device)
+
+
+def pooled_statistics(parts: Sequence[tuple[Mapping[str, Any], Mapping[str, Sequence[int]]]]) -> dict[str, Any]:
+    """Statistics of the union of several sets, each given as the `statistics` of its manifest and, by stream, how many
+    values each row of them is of. One part comes back as it is.
+
+    Mean and variance of a union: m = sum n_i m_i / n; v = sum n_i (v_i + (m_i - m)^2) / n, in fp64.
+    """
+    if len(parts) == 1:
+        return dict(parts[0][0])
+    found: dict[str, Any] = {}
+    for stream in parts[0][0]:
+        counts = torch.tensor([weights[stream] for _, weights in parts], dtype=torch.float64, device="cpu")
+        mean, std = (
+            torch.tensor([values[stream][kind] for values, _ in parts], dtype=torch.float64, device="cpu")
+            for kind in ("mean", "std")
+        )  # [parts,(rows,)D]
+        share = (counts / counts.sum(0)).view(len(parts), *([-1] if mean.ndim == 3 else []), 1)
+        pooled = (share * mean).sum(0)
+        variance = (share * (std.square() + (mean - pooled).square())).sum(0)
+        found[stream] = {"mean": pooled.tolist(), "std": variance.sqrt().tolist()}
+    return found
 
 
 def floored(std: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,18 +11,22 @@ from data_shards.reader import ShardReader
 from data_shards.remote.fetch import RemoteError
 from data_shards.schema import ClipSample, ShardError
 from dualforce.config import ConfigError, DataConfig
+from dualforce.data.bucket_order import BucketOrder
+from dualforce.data.buckets import bucket_size
 from dualforce.data.collate import collate
-from dualforce.data.order import ClipOrder, ClipRef
+from dualforce.data.order import ClipRef
 from dualforce.data.statistics import StreamStatistics
 from dualforce.types import AUDIO_FRAMES, ClipBatch
 
 
 class Damaged(NamedTuple):
-    """A clip that could not be read: the step (from 0) that met it, its key, and the reason with shard and member."""
+    """A clip that could not be read: the step (from 0) that met it, its key, the reason with shard and member, and the
+    bucket (number of its set)."""
 
     step: int
     key: str
     reason: str
+    bucket: int = 0
 
 
 class StepRead(NamedTuple):
@@ -50,8 +55,9 @@ class Deal:
     dp_size: int
     micro_batch: int
 
-    def check(self, reader: ShardReader) -> None:
-        """ConfigError for sizes that do not divide, a crop longer than the clips, or a split without clips."""
+    def check(self, readers: Sequence[ShardReader]) -> None:
+        """ConfigError for sizes that do not divide, a crop longer than the clips, or a split without clips; ValueError
+        for another number of readers than `data.shards` names."""
         clips = self.data.clips_per_step
         if self.dp_size < 1 or not 0 <= self.dp_rank < self.dp_size:
             raise ConfigError(f"data-parallel rank {self.dp_rank} of {self.dp_size}: expected 0 <= rank < size")
@@ -64,32 +70,39 @@ class Deal:
             raise ConfigError(
                 f"micro-batch {self.micro_batch}: expected a divisor of the {per_rank} clips per step and rank"
             )
-        if not len(reader):
-            raise ConfigError(f"data.shards: {reader.source}: 0 clips in the split: expected at least 1")
-        if self.data.frames > reader.frames:
-            raise ConfigError(
-                f"data.frames: {self.data.frames}: expected at most {reader.frames}, "
-                f"the latent frames of clips in {reader.source}"
-            )
+        for frames, reader in zip(self.data.lengths, readers, strict=True):
+            if not len(reader):
+                raise ConfigError(f"data.shards: {reader.source}: 0 clips in the split: expected at least 1")
+            if frames > reader.frames:
+                raise ConfigError(
+                    f"data.frames: {frames}: expected at most {reader.frames}, the latent frames of clips in "
+                    f"{reader.source}"
+                )
 
 
 class StepReader:
     """Reads steps in any order. What comes is a pure function of the step and of what can be read, in any process: a
     clip that cannot be read is replaced by the first one after it (`ClipOrder.replacements`) that can.
 
+    `readers` and `hashes` are of the sets of `data.shards`, a bucket each; a step is of one of them.
     It remembers what could not be read, so as not to try again, and gives up once that is more than
     `data.max_damaged`: whoever counts the damage over all processes then has counted as much.
     """
 
-    def __init__(self, reader: ShardReader, shards_hash: str, deal: Deal) -> None:
-        self._reader, self._deal = reader, deal
-        self._order = ClipOrder(shards_hash, deal.seed, len(reader))
+    def __init__(self, readers: Sequence[ShardReader], hashes: Sequence[str], deal: Deal) -> None:
+        self._readers, self._deal = tuple(readers), deal
+        sizes = map(bucket_size, hashes, readers, deal.data.lengths)
+        self._order = BucketOrder(list(sizes), deal.seed)
         self._beyond = -(-deal.context // AUDIO_FRAMES)  # latent frames of sound that the last window looks into
-        self._unreadable: dict[int, str] = {}  # index of a clip: reason
+        self._unreadable: dict[tuple[int, int], str] = {}  # bucket and index of a clip: reason
+
+    def bucket_of_step(self, step: int) -> int:
+        """Which bucket a step is of."""
+        return self._order.bucket_of_step(step)
 
     def read(self, step: int) -> StepRead:
         """Read and collate the micro-batches of one step. A ShardError becomes the `fault`."""
-        deal, met = self._deal, dict[int, Damaged]()
+        deal, met = self._deal, dict[tuple[int, int], Damaged]()
         own = self._order.clips_of_rank(step, deal.data.clips_per_step, deal.dp_rank, deal.dp_size)
         parts = [own[i : i + deal.micro_batch] for i in range(0, len(own), deal.micro_batch)]
         try:
@@ -97,25 +110,25 @@ class StepReader:
         except ShardError as error:
             return StepRead([], list(met.values()), error)
 
-    def _batch(self, step: int, refs: list[ClipRef], met: dict[int, Damaged]) -> ClipBatch:
+    def _batch(self, step: int, refs: list[ClipRef], met: dict[tuple[int, int], Damaged]) -> ClipBatch:
         samples = [self._read(step, ref, met) for ref in refs]
-        deal = self._deal
-        return collate(samples, refs, deal.statistics, deal.data.frames, deal.context, deal.text_dim)
+        deal, frames = self._deal, self._deal.data.lengths[refs[0].bucket]
+        return collate(samples, refs, deal.statistics, frames, deal.context, deal.text_dim)
 
-    def _read(self, step: int, ref: ClipRef, met: dict[int, Damaged]) -> ClipSample:
+    def _read(self, step: int, ref: ClipRef, met: dict[tuple[int, int], Damaged]) -> ClipSample:
+        reader, frames = self._readers[ref.bucket], self._deal.data.lengths[ref.bucket]
         for choice in itertools.chain((ref,), self._order.replacements(ref)):
-            if choice.index not in self._unreadable:
+            clip = choice.bucket, choice.index
+            if clip not in self._unreadable:
                 try:
-                    return self._reader.read(choice.index, self._deal.data.frames, self._beyond)
+                    return reader.read(choice.index, frames, self._beyond)
                 except RemoteError:  # a server's fault is not the clip's, nor that of every rank
                     raise
                 except ShardError as error:
-                    self._unreadable[choice.index] = str(error)
+                    self._unreadable[clip] = str(error)
             # Told of in every step that meets it: another process may have met it first, in a later step.
-            reason = self._unreadable[choice.index]
-            met.setdefault(choice.index, Damaged(step, self._reader.keys[choice.index], reason))
+            reason = self._unreadable[clip]
+            met.setdefault(clip, Damaged(step, reader.keys[choice.index], reason, choice.bucket))
             if len(self._unreadable) > self._deal.data.max_damaged:
                 raise ShardError(reason)
-        raise ShardError(
-            f"{self._reader.source}: all {len(self._reader)} clips of the split are damaged: expected some"
-        )
+        raise ShardError(f"{reader.source}: all {len(reader)} clips of the split are damaged: expected some")

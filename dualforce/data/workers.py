@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection, wait
@@ -50,7 +51,7 @@ class WorkerPool:
     the processes of a trainer that dies end by themselves, even if it was killed.
     """
 
-    def __init__(self, split: Split, deal: Deal, steps: range, count: int) -> None:
+    def __init__(self, splits: Sequence[Split], deal: Deal, steps: range, count: int) -> None:
         # Not forked from the trainer: its threads and its CUDA context would come along. The server that forks them
         # imports torch once for all.
         served = "forkserver" in multiprocessing.get_all_start_methods()
@@ -64,7 +65,7 @@ class WorkerPool:
         for number in range(count):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(theirs, split, deal), name=f"dualforce-loader-{number}", daemon=True
+                target=_serve, args=(theirs, splits, deal), name=f"dualforce-loader-{number}", daemon=True
             )
             process.start()
             theirs.close()
@@ -125,12 +126,12 @@ class WorkerPool:
         )
 
 
-def _serve(pipe: Connection, split: Split, deal: Deal) -> None:
+def _serve(pipe: Connection, splits: Sequence[Split], deal: Deal) -> None:
     """Body of a loader process: what it read of every step asked for, until the trainer closes the pipe or dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # meant for the trainer, which closes the pipe
     torch.set_num_threads(1)
     try:
-        read = StepReader(split.open(), split.hash, deal).read
+        read = StepReader([one.open() for one in splits], [one.hash for one in splits], deal).read
     except ShardError as error:
         read = partial(_failed, error)
     while (step := _asked(pipe)) is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -17,7 +18,7 @@ from dualforce import launch
 from dualforce.config import ConfigError, ModelConfig, RunConfig, load_run, read_json
 
 if TYPE_CHECKING:
-    from data_shards.reader import ShardSet
+    from dualforce.data.buckets import Buckets
     from dualforce.train.loop import Job
 
 
@@ -78,7 +79,7 @@ def _check_out(out: Path, resume: bool) -> None:
         raise ConfigError(f"{out}: --resume, but there is no checkpoints folder")
 
 
-def statistics_of_run(out: Path, shards: ShardSet, allow_new: bool) -> dict[str, Any]:
+def statistics_of_run(out: Path, buckets: Buckets, allow_new: bool) -> dict[str, Any]:
     """What a resumed run normalises by: the statistics it began with, because its weights mean nothing under others.
 
     Raises ConfigError for another shard set than the checkpoint's, unless `allow_new`, and for other extractors.
@@ -86,13 +87,14 @@ def statistics_of_run(out: Path, shards: ShardSet, allow_new: bool) -> dict[str,
     from dualforce.train.checkpoint import read_state
 
     saved, state = read_json(out / "config.json"), read_state(out)
-    if state.shards != shards.hash and not allow_new:
+    if state.shards != buckets.hash and not allow_new:
+        sources = ", ".join(str(opened.source) for opened in buckets.sets)
         raise ConfigError(
-            f"{out}: checkpoint of step {state.step}: shards: {state.shards}: expected {shards.hash}, the hash of "
-            f"{shards.source}, as the order of the clips follows from it (data.allow_new_shards = true goes on with "
+            f"{out}: checkpoint of step {state.step}: shards: {state.shards}: expected {buckets.hash}, the hash of "
+            f"{sources}, as the order of the clips follows from it (data.allow_new_shards = true goes on with "
             "the other set, in its order)"
         )
-    if saved.get("extractors") != shards.manifest["extractors"]:
+    if saved.get("extractors") != buckets.extractors:
         raise ConfigError(
             f"{out / 'config.json'}: extractors differ from those of data.shards; expected those of the run's beginning"
         )
@@ -102,14 +104,17 @@ def statistics_of_run(out: Path, shards: ShardSet, allow_new: bool) -> dict[str,
     return found
 
 
-def open_shards(run: RunConfig) -> tuple[ShardSet, RunConfig]:
-    """The set of `run`, and `run` as it may be told and written: a URL without user, password and query."""
+def open_shards(run: RunConfig) -> tuple[Buckets, RunConfig]:
+    """The sets of `run`, and `run` as it may be told and written: URLs without user, password and query."""
     from data_shards.reader import ShardSet
     from data_shards.remote.source import locate
+    from dualforce.data.buckets import Buckets
 
-    cache = Path(run.data.cache) if run.data.cache else None
-    shards = ShardSet.open(locate(run.data.shards, cache, int(run.data.cache_gib * 2**30)))
-    return shards, run.model_copy(update={"data": run.data.model_copy(update={"shards": str(shards.source)})})
+    cache, most = Path(run.data.cache) if run.data.cache else None, int(run.data.cache_gib * 2**30)
+    sets = [ShardSet.open(locate(name, cache, most)) for name in run.data.sets]
+    told = [str(opened.source) for opened in sets]
+    data = run.data.model_copy(update={"shards": told if isinstance(run.data.shards, list) else told[0]})
+    return Buckets(sets, data.lengths), run.model_copy(update={"data": data})
 
 
 def _prepare(run: RunConfig, out: Path, resume: bool) -> tuple[Job, int]:
@@ -117,33 +122,27 @@ def _prepare(run: RunConfig, out: Path, resume: bool) -> tuple[Job, int]:
     from dualforce.data.statistics import StreamStatistics
     from dualforce.train.setup import model_config, prepare_job
 
-    shards, run = open_shards(run)
-    model = model_config(run, shards.manifest)
-    manifest = dict(shards.manifest)
-    if resume:
-        manifest["statistics"] = statistics_of_run(out, shards, run.data.allow_new_shards)
-    statistics = StreamStatistics.from_manifest(manifest)
+    buckets, run = open_shards(run)
+    model = model_config(run, [opened.manifest for opened in buckets.sets])
+    values = statistics_of_run(out, buckets, run.data.allow_new_shards) if resume else buckets.statistics()
+    statistics = StreamStatistics.from_manifest(values)
     grid = launch.start(run.parallel.sequence, run.train.seed)
-    job, start = prepare_job(run, model, shards, statistics, grid, out, resume)
+    job, start = prepare_job(run, model, buckets, statistics, grid, out, resume)
     if grid.rank == 0:
-        write_config(out, run, model, manifest)
+        write_config(out, run, model, buckets, values)
     return job, start
 
 
-def write_config(out: Path, run: RunConfig, model: ModelConfig, manifest: dict[str, Any]) -> None:
-    """Write OUT/config.json: the run, the model, and what the shards say of the codecs, statistics and sizes."""
-    video = manifest["extractors"]["video"]
-    geometry = {
-        "pixel_size": manifest["pixel_size"],
-        "latent": [video["channels"], video["height"], video["width"]],
-        "frames": manifest["frames"],
-    }
+def write_config(
+    out: Path, run: RunConfig, model: ModelConfig, buckets: Buckets, statistics: Mapping[str, Any]
+) -> None:
+    """Write OUT/config.json: the run, the model, what the shards say of the codecs and sizes, and the statistics."""
     content = {
         "run": run.model_dump(mode="json"),
         "model": model.model_dump(mode="json"),
-        "extractors": manifest["extractors"],
-        "statistics": manifest["statistics"],
-        "geometry": geometry,
+        "extractors": buckets.extractors,
+        "statistics": statistics,
+        "geometry": buckets.geometry(),
     }
     (out / "config.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 

@@ -75,9 +75,12 @@ class GatherUnit(nn.Module):
             return self._run(self._flats(), *args)
         if self._graph is not None and self._graph.ready(args):
             return self._graph(self._flats, args)
-        if self._recompute != "none":
+        policy = self._recompute
+        if policy == "none" and self._graph is not None and self._graph.holds_memory:
+            policy = "full"  # the first clips of a further size: see graphed.py
+        if policy != "none":
             # Recomputation keeps nothing of the first forward, and what it keeps of the second dies with the backward.
-            return recomputed(lambda *again: self._run(self._flats(), *again), args, self._recompute)
+            return recomputed(lambda *again: self._run(self._flats(), *again), args, policy)
         with self._places() if self._partitioned else _nothing():
             return self._run(self._flats(), *args)
 

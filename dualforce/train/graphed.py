@@ -11,6 +11,10 @@ torch.cuda.make_graphed_callables) and from then on replayed. What a graph reads
 
 All graphs share one memory pool. They must be replayed in the order of their capture, forward through the layers and
 back, which is the order of every training step.
+
+Clips of several sizes have graphs of their own, in the same memory: no two of a step differ, and what a forward left
+for its backward is not needed in the next step. Before a further size is captured its few ordinary passes would need
+that memory a second time, outside the pool: they keep the layers' inputs only and compute the rest again.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 WARM_UP = 2  # ordinary passes before a unit is captured: kernels compile, DeepSpeed learns the order of the units
+MAX_KINDS = 16  # sizes of clips with graphs; each keeps its inputs, outputs and input gradients
 
 ResultT = TypeVar("ResultT")
 Tensors = tuple[Tensor, ...]
@@ -117,39 +122,45 @@ class GraphPool:
 
 
 class UnitGraph:
-    """Runs `run(flats, *args)` as it is at first and as graphs from then on, for the first kind of arguments that comes
-    often enough; other shapes and other constants run as they are."""
+    """Runs `run(flats, *args)` as it is at first and as graphs from then on, for each kind of arguments that comes often
+    enough: shapes, types and constants. What comes after `MAX_KINDS` of them runs as it is."""
 
     def __init__(self, run: Callable[..., Any], pool: GraphPool, recompute: bool) -> None:
         self._run, self._pool, self._recompute = run, pool, recompute
         self._seen: dict[Any, tuple[int, Any]] = {}  # count, and the arguments' constants, so that no id is used again
-        self._captured: tuple[Any, _Captured] | None = None
+        self._captured: dict[Any, _Captured] = {}
         self._told = False
+
+    @property
+    def holds_memory(self) -> bool:
+        """Whether graphs hold the memory of a pass already."""
+        return bool(self._captured)
 
     def ready(self, args: tuple[Any, ...]) -> bool:
         """Whether the next call with such arguments is a graph's; counts the call otherwise."""
         kind = _kind(args)
-        if self._captured is not None:
-            same = bool(self._captured[0] == kind)
-            if not same and not self._told:
+        if kind in self._captured:
+            return True
+        if len(self._captured) >= MAX_KINDS:
+            if not self._told:
                 self._told = True
-                logger.info("a layer got clips of another shape than those its CUDA graph is for: these run without")
-            return same
+                logger.info("a layer got clips of more than %d sizes: the last to come run without graphs", MAX_KINDS)
+            return False
         count = self._seen.get(kind, (0, None))[0] + 1
         self._seen[kind] = (count, _without_tensors(args))
         return count > WARM_UP
 
     def __call__(self, flats: Callable[[], Tensors], args: tuple[Any, ...]) -> Any:
         """`flats` gives the flat parameters as they are now, in the forward and again in the backward."""
-        if self._captured is None:
-            self._captured = (_kind(args), _Captured(self._run, self._pool, args, self._recompute))
-        captured = self._captured[1]
-        return _Replayed.apply(captured, flats, *flats(), *_tensors(args))
+        kind = _kind(args)
+        if kind not in self._captured:
+            self._captured[kind] = _Captured(self._run, self._pool, args, self._recompute)
+        return _Replayed.apply(self._captured[kind], flats, *flats(), *_tensors(args))
 
     def drop(self) -> None:
         """Give up the graphs; the unit cannot run again."""
-        if self._captured is not None:
-            self._captured[1].drop()
+        for captured in self._captured.values():
+            captured.drop()
 
 
 class _Captured:

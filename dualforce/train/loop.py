@@ -34,12 +34,12 @@ class Job:
     engine: Any
     context: StepContext
     loader: StepLoader[PreparedStep]
-    held_out: HeldOut | None
+    held_out: tuple[HeldOut, ...]  # of every set that has held-out clips
     log: RunLog
     run_dir: Path
     sample_codec: Callable[[], VideoCodec] | None  # None: no sample frames are shown
     state: SavedState  # of step 0
-    tokens_per_frame: int  # of both towers
+    tokens: tuple[int, ...]  # of both towers in a training clip of each set
 
     @property
     def main(self) -> bool:
@@ -108,14 +108,15 @@ def _log(
     values["grad_norm"] = float(norm)
     values["learning_rate"] = job.engine.get_lr()[0]
     values["seconds_per_step"], values["data_wait"] = seconds, waited
-    values["tokens_per_second"] = run.data.clips_per_step * run.data.frames * job.tokens_per_frame / seconds
+    done = sum(job.tokens[job.loader.bucket_of_step(one)] for one in range(step - steps, step))
+    values["tokens_per_second"] = run.data.clips_per_step * done / (steps * seconds)
     job.log.write("train", step, values)
     if not all(math.isfinite(values[name]) for name in ("total", "grad_norm")):
         logger.warning("step %d: loss %s, gradient norm %s", step, values["total"], values["grad_norm"])
 
 
 def _validate(job: Job, step: int) -> None:
-    if job.held_out is None:
+    if not job.held_out:
         return
     values = validate(job.engine, job.held_out, job.context)
     job.log.write("validation", step, values)
@@ -126,15 +127,15 @@ def _validate(job: Job, step: int) -> None:
 
 
 def _images(job: Job, step: int) -> None:
-    """Rows: clean, noised, denoised in one step; columns: the middle pixel frame and the last of the first clip."""
-    if job.held_out is None or job.sample_codec is None:
+    """Rows: clean, noised, denoised in one step; columns: the middle pixel frame and the last of the first clip of all."""
+    if not job.held_out or job.sample_codec is None:
         return
-    latents = sample_frames(job.engine, job.held_out, job.context)
+    latents = sample_frames(job.engine, job.held_out[0], job.context)
     if not job.main:
         return
     rows = {name: latents[name] for name in ("clean", "noised", "denoised")}
     try:
-        picture = sample_picture(job.sample_codec(), job.held_out.statistics, rows)
+        picture = sample_picture(job.sample_codec(), job.held_out[0].statistics, rows)
     except torch.OutOfMemoryError:  # a picture less is no reason to end a run
         logger.warning("step %d: no sample frames: too little memory is free on the GPU to decode them", step)
         return

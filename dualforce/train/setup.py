@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from data_shards.reader import ShardReader, ShardSet
 from dualforce import launch
 from dualforce.config import ConfigError, ModelConfig, RunConfig
 from dualforce.config_errors import describe
+from dualforce.data.buckets import Buckets
 from dualforce.data.loader import StepLoader
 from dualforce.data.statistics import StreamStatistics
 from dualforce.data.steps import Deal
@@ -30,16 +31,16 @@ from dualforce.train.sample_frames import sample_codec
 from dualforce.train.step import StepContext, prepare_step
 from dualforce.train.train_module import TrainModule
 from dualforce.train.validate import HeldOut
-from dualforce.types import STRUCT_TOKENS
 from megatron_ext.kernels.kernel_set import KernelSet, select_kernels
 from megatron_ext.parallel.grid import ProcessGrid, check_heads
 
 logger = logging.getLogger(__name__)
 
 
-def model_config(run: RunConfig, manifest: dict[str, Any]) -> ModelConfig:
-    """The model of a run on a shard set; ConfigError when the run's choices do not fit each other or the shards."""
-    extractors = manifest["extractors"]
+def model_config(run: RunConfig, manifests: Sequence[Mapping[str, Any]]) -> ModelConfig:
+    """The model of a run on shard sets with `manifests`; ConfigError when the run's choices do not fit each other or
+    the shards. Widths are the first set's: `Buckets` checks that the others have the same."""
+    extractors = manifests[0]["extractors"]
     try:
         model = build_model_config(
             run.preset,
@@ -48,28 +49,29 @@ def model_config(run: RunConfig, manifest: dict[str, Any]) -> ModelConfig:
             overrides=run.model,
         )
     except ValidationError as error:
-        raise ConfigError(f"model on {run.data.shards}: {describe(error, ModelConfig)}") from None
+        raise ConfigError(f"model on {run.data.sets[0]}: {describe(error, ModelConfig)}") from None
     bridge_layers(model)
-    channels = extractors["video"]["channels"]
-    if channels != model.video.out_dim:
-        raise ConfigError(f"{run.data.shards}: video has {channels} channels; expected {model.video.out_dim}")
-    for name in ("height", "width"):
-        if extractors["video"][name] % model.video.patch:
-            raise ConfigError(
-                f"{run.data.shards}: latent {name} {extractors['video'][name]}; "
-                f"expected a multiple of {model.video.patch}"
-            )
-    if (run.data.frames - 1) % model.frames_per_chunk:
-        raise ConfigError(
-            f"data.frames = {run.data.frames}: expected 1 + k * {model.frames_per_chunk} (whole chunks), for example "
-            f"{1 + (run.data.frames - 1) // model.frames_per_chunk * model.frames_per_chunk}"
-        )
-    if run.data.frames > manifest["frames"]:
-        raise ConfigError(
-            f"data.frames = {run.data.frames}: the clips in {run.data.shards} have {manifest['frames']} latent frames"
-        )
+    for name, frames, manifest in zip(run.data.sets, run.data.lengths, manifests, strict=True):
+        _check_bucket(model, name, frames, manifest)
     check_heads(run.parallel.sequence, {"video.heads": model.video.heads, "struct.heads": model.struct.heads})
     return model
+
+
+def _check_bucket(model: ModelConfig, name: str, frames: int, manifest: Mapping[str, Any]) -> None:
+    """ConfigError where clips of `frames` latent frames of the set `name` do not fit the model."""
+    video = manifest["extractors"]["video"]
+    if video["channels"] != model.video.out_dim:
+        raise ConfigError(f"{name}: video has {video['channels']} channels; expected {model.video.out_dim}")
+    for side in ("height", "width"):
+        if video[side] % model.video.patch:
+            raise ConfigError(f"{name}: latent {side} {video[side]}; expected a multiple of {model.video.patch}")
+    if (frames - 1) % model.frames_per_chunk:
+        raise ConfigError(
+            f"data.frames = {frames}: expected 1 + k * {model.frames_per_chunk} (whole chunks), for example "
+            f"{1 + (frames - 1) // model.frames_per_chunk * model.frames_per_chunk}"
+        )
+    if frames > manifest["frames"]:
+        raise ConfigError(f"data.frames = {frames}: the clips in {name} have {manifest['frames']} latent frames")
 
 
 def with_graphs(run: RunConfig, kernels: KernelSet) -> bool:
@@ -96,7 +98,7 @@ def with_graphs(run: RunConfig, kernels: KernelSet) -> bool:
 def prepare_job(
     run: RunConfig,
     model: ModelConfig,
-    shards: ShardSet,
+    buckets: Buckets,
     statistics: StreamStatistics,
     grid: ProcessGrid,
     out: Path,
@@ -106,13 +108,12 @@ def prepare_job(
     plan = plan_batch(run.data.clips_per_step, grid.dp, run.data.max_micro_batch)
     config = deepspeed_config(run, plan, grid.world)
     kernels = select_kernels(run.kernels, grid.device, compute_dtype(config), model.head_dims)
-    flame = shards.manifest["extractors"].get("flame")
+    flame = buckets.extractors.get("flame")
 
     def build(place: Place) -> TrainModule:
         return TrainModule(model, run.loss, kernels, flame and flame["width"], place)
 
-    video = shards.manifest["extractors"]["video"]
-    show = sample_codec(video["tag"], run.data.video_codec, grid.device)
+    show = sample_codec(buckets.extractors["video"]["tag"], run.data.video_codec, grid.device)
     engine = build_engine(build, config, grid, run.parallel.recompute, with_graphs(run, kernels))
     stage = config.get("zero_optimization", {}).get("stage", 0)
     blank = SavedState(
@@ -124,7 +125,7 @@ def prepare_job(
         engine=config,
         units=layouts_of(engine.module),
         optimizer=optimizer_name(engine),
-        shards=shards.hash,
+        shards=buckets.hash,
     )
     start = resume_checkpoint(engine, out, blank, grid) if resume else 0
     context = StepContext(run, grid, kernels, ChunkRule(model.frames_per_chunk, model.window, model.sink))
@@ -139,22 +140,25 @@ def prepare_job(
         micro_batch=plan.micro_batch,
     )
     stop = min(run.train.steps, run.train.stop_at or run.train.steps)
-    loader = StepLoader(shards, deal, start, stop, partial(prepare_step, context=context))
+    loader = StepLoader(buckets.sets, deal, start, stop, partial(prepare_step, context=context))
     out.mkdir(parents=True, exist_ok=True)
     job = Job(
         engine=engine,
         context=context,
         loader=loader,
-        held_out=_held_out(shards, statistics, model),
+        held_out=_held_out(buckets, statistics, model),
         log=RunLog(out, grid.rank == 0, start if resume else None),
         run_dir=out,
         sample_codec=show,
         state=blank,
-        tokens_per_frame=video["height"] * video["width"] // model.video.patch**2 + STRUCT_TOKENS,
+        tokens=buckets.tokens(model.video.patch),
     )
     return job, start
 
 
-def _held_out(shards: ShardSet, statistics: StreamStatistics, model: ModelConfig) -> HeldOut | None:
-    reader: ShardReader = shards.split("validation")
-    return HeldOut(reader, statistics, model.audio.context, model.video.text_dim) if len(reader) else None
+def _held_out(buckets: Buckets, statistics: StreamStatistics, model: ModelConfig) -> tuple[HeldOut, ...]:
+    found = (
+        HeldOut(opened.split("validation"), frames, name, statistics, model.audio.context, model.video.text_dim)
+        for opened, frames, name in zip(buckets.sets, buckets.lengths, buckets.names(), strict=True)
+    )
+    return tuple(one for one in found if len(one.reader))

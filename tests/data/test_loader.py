@@ -45,7 +45,7 @@ def loader(shards: ShardSet, reader: Any = None, start_step: int = 0, stop_step:
     options = {"dp_rank": 0, "dp_size": 1, "micro_batch": 12, "seed": 3, "context": 2, **changes}
     deal = Deal(StreamStatistics.from_manifest(shards.manifest), DataConfig(**data), text_dim=4, **options)
     opened: Any = shards if reader is None else OpenedWith(shards, reader)
-    return StepLoader(opened, deal, start_step, stop_step, lambda batches: batches)
+    return StepLoader([opened], deal, start_step, stop_step, lambda batches: batches)
 
 
 def clips_of(batches: list[ClipBatch]) -> list[tuple[str, tuple[int, int]]]:
@@ -198,6 +198,7 @@ class Whole:
     def __init__(self, reader: ShardReader) -> None:
         self.asked: list[tuple[int, ...]] = []
         self.source, self.frames, self.keys, self._reader = reader.source, reader.frames, reader.keys, reader
+        self.manifest = reader.manifest
 
     def __len__(self) -> int:
         return len(self._reader)
@@ -213,6 +214,7 @@ class Faulty:
     def __init__(self, reader: ShardReader, bad: set[int]) -> None:
         self.bad, self.tried, self._reader = bad, [], reader
         self.source, self.frames, self.keys = reader.source, reader.frames, reader.keys
+        self.manifest = reader.manifest
 
     def __len__(self) -> int:
         return len(self._reader)

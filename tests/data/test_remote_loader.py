@@ -40,7 +40,7 @@ def loader(shards: ShardSet, frames: int, stop: int = 6, **data: Any) -> StepLoa
         StreamStatistics.from_manifest(shards.manifest), DataConfig(frames=frames, clips_per_step=6, **data),
         context=2, text_dim=4, seed=3, dp_rank=0, dp_size=1, micro_batch=3,
     )  # fmt: skip
-    return StepLoader(shards, deal, 0, stop, lambda batches: batches)
+    return StepLoader([shards], deal, 0, stop, lambda batches: batches)
 
 
 def steps(shards: ShardSet, frames: int, **data: Any) -> list[list[ClipBatch]]:
@@ -131,8 +131,8 @@ def test_what_is_secret_in_a_url_does_not_reach_the_files_of_a_run(root: Path, t
     with serving(root) as server:
         url = f"http://me:hunter2@{server.host}/set?sig=s3cret"
         run = load_run(RUN, [f"data.shards={url}", f"data.cache={tmp_path}"])
-        shards, told = open_shards(run)
-        assert len(shards.split("train")) == 14 and server.requests[-1][2] is not None
+        buckets, told = open_shards(run)
+        assert len(buckets.sets[0].split("train")) == 14 and server.requests[-1][2] is not None
     assert told.data.shards == server.url and "hunter2" not in repr(told) and "s3cret" not in repr(told)
     with pytest.raises(ShardError, match=r"data\.cache: absent"):
         open_shards(load_run(RUN, [f"data.shards={url}"]))
@@ -140,7 +140,7 @@ def test_what_is_secret_in_a_url_does_not_reach_the_files_of_a_run(root: Path, t
         with pytest.raises(ShardError, match=rf"data\.shards: {refused}: expected a folder, or a URL of http, https"):
             open_shards(load_run(RUN, [f"data.shards={refused}"]))
     local, told = open_shards(load_run(RUN, [f"data.shards={root}"]))
-    assert local.root == root and told.data.shards == str(root)
+    assert local.sets[0].root == root and told.data.shards == str(root)
 
 
 @pytest.mark.parametrize("item", ["data.shards={url}", "{url}", "train.steps.x={url}", 'data={{"shards": "{url}"}}'])

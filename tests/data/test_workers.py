@@ -47,7 +47,7 @@ def loader(root: Path, count: int, **changes: Any) -> StepLoader[list[ClipBatch]
     start, stop = changes.pop("start", 0), changes.pop("stop", 6)
     statistics = StreamStatistics.from_manifest(shards.manifest)
     deal = Deal(statistics, DataConfig(**{**data, **changes}), 2, 4, SEED, dp_rank=0, dp_size=1, micro_batch=4)
-    return StepLoader(shards, deal, start, stop, lambda batches: batches)
+    return StepLoader([shards], deal, start, stop, lambda batches: batches)
 
 
 def loaders() -> list[Any]:

@@ -71,7 +71,7 @@ def loader_of(segment: Segment, rank: int) -> StepLoader[list[Clip]]:
         StreamStatistics.from_manifest(shards.manifest), data, context=2, text_dim=4, seed=3,
         dp_rank=rank // layout.sp, dp_size=layout.dp, micro_batch=1,
     )  # fmt: skip
-    return StepLoader(shards, deal, segment.start, segment.stop, clips_of)
+    return StepLoader([shards], deal, segment.start, segment.stop, clips_of)
 
 
 def run(segment: Segment, folder: Path) -> list[list[list[Clip]]]:

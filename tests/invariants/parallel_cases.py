@@ -148,7 +148,7 @@ def train(engine: Any, run: RunConfig, shards: ShardSet, grid: ProcessGrid) -> M
         text_dim=config.video.text_dim, seed=run.train.seed, dp_rank=grid.dp_rank, dp_size=grid.dp,
         micro_batch=plan.micro_batch,
     )  # fmt: skip
-    loader = StepLoader(shards, deal, 0, STEPS, partial(prepare_step, context=context))
+    loader = StepLoader([shards], deal, 0, STEPS, partial(prepare_step, context=context))
     measured = Measured()
     for step, prepared in enumerate(loader):
         shares = torch.zeros(1, dtype=torch.float64)

@@ -25,28 +25,26 @@ def narrow() -> None:
 
 def export_case() -> None:
     """Train two steps as the command line says, then save what the engine's own model predicts on a fixed input."""
-    from data_shards.reader import ShardSet
     from dualforce import launch
     from dualforce.config import load_run
     from dualforce.data.statistics import StreamStatistics
     from dualforce.diffusion.frame_noise import draw_fixed
-    from dualforce.train.__main__ import write_config
+    from dualforce.train.__main__ import open_shards, write_config
     from dualforce.train.loop import train
     from dualforce.train.setup import prepare_job
     from dualforce.train.validate import forward
 
     run_file, out, *overrides = sys.argv[1:]
     run = load_run(Path(run_file), overrides)
-    shards = ShardSet.open(Path(run.data.shards))
-    model = model_config(run, shards.manifest)
+    buckets, run = open_shards(run)
+    model = model_config(run, [opened.manifest for opened in buckets.sets])
     grid = launch.start(run.parallel.sequence, run.train.seed)
-    statistics = StreamStatistics.from_manifest(shards.manifest)
-    job, start = prepare_job(run, model, shards, statistics, grid, Path(out), False)
+    statistics = StreamStatistics.from_manifest(buckets.statistics())
+    job, start = prepare_job(run, model, buckets, statistics, grid, Path(out), False)
     if grid.rank == 0:
-        write_config(Path(out), run, model, shards.manifest)
+        write_config(Path(out), run, model, buckets, buckets.statistics())
     train(job, start)
-    assert job.held_out is not None
-    batch = job.held_out.clip(0, run.data.frames, 3)
+    batch = job.held_out[0].clip(0, 3)
     levels = [0.2, 0.5, 0.9]
     job.engine.eval()
     inputs, output = forward(job.engine, batch, levels, job.context)

@@ -211,9 +211,9 @@ def test_exported_model_predicts_what_the_engine_did(
     manifest = ShardSet.open(shards)
     statistics = StreamStatistics.from_manifest(manifest.manifest)
     held_out = HeldOut(
-        manifest.split("validation"), statistics, model.config.audio.context, model.config.video.text_dim
+        manifest.split("validation"), 7, "", statistics, model.config.audio.context, model.config.video.text_dim
     )
-    batch = held_out.clip(0, 7, 3)
+    batch = held_out.clip(0, 3)
     noised, _, cond = mix(batch, draw_fixed(batch, [0.2, 0.5, 0.9], 0))
     span = FrameSpan(0, 7)
     expected = load_file(run / "predicted.safetensors")

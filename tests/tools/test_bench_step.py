@@ -44,7 +44,7 @@ def run_of(frames: int, clips: int) -> RunConfig:
 
 def test_ranks_of_a_group_share_synthetic_clips_and_groups_do_not(shards: ShardSet) -> None:
     run = run_of(4, 2)
-    model = model_config(run, shards.manifest)
+    model = model_config(run, [shards.manifest])
     firsts = [
         next(synthetic_source(model, context(run, rank, 4, 2), latent=(4, 6), text_tokens=3).steps) for rank in range(4)
     ]
@@ -57,7 +57,7 @@ def test_ranks_of_a_group_share_synthetic_clips_and_groups_do_not(shards: ShardS
 
 def test_real_clips_come_through_the_loader(shards: ShardSet) -> None:
     run = run_of(5, 2)
-    model = model_config(run, shards.manifest)
+    model = model_config(run, [shards.manifest])
     source = shard_source(shards, model, context(run, 1, 2), steps=4)
     steps = list(itertools.islice(source.steps, 5))
     assert len(steps) == 4 and all(len(step) == 1 for step in steps)

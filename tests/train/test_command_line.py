@@ -6,7 +6,6 @@ import copy
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from helpers.fake_shards import write_fake_shards
 
 from data_shards.reader import ShardSet
 from dualforce.config import ConfigError
+from dualforce.data.buckets import Buckets
 from dualforce.train.__main__ import _check_out, statistics_of_run
 
 
@@ -42,10 +42,10 @@ def test_a_run_goes_on_with_its_own_shards_unless_told_otherwise(tmp_path: Path)
     write_run(tmp_path, own, shards=own.hash)
     assert own.manifest["statistics"] != other.manifest["statistics"]
     for shards, allowed in ((own, False), (moved, False), (own, True), (other, True)):
-        assert statistics_of_run(tmp_path, shards, allowed) == own.manifest["statistics"]
+        assert statistics_of_run(tmp_path, Buckets([shards], [2]), allowed) == own.manifest["statistics"]
     named = f"step 5: shards: {own.hash}: expected {other.hash}, .*allow_new_shards"
     with pytest.raises(ConfigError, match=named) as error:
-        statistics_of_run(tmp_path, other, False)
+        statistics_of_run(tmp_path, Buckets([other], [2]), False)
     assert "\n" not in str(error.value)
 
 
@@ -56,6 +56,6 @@ def test_other_extractors_are_refused_always(tmp_path: Path, stream: str) -> Non
     write_run(tmp_path, shards, shards=shards.hash)
     manifest = copy.deepcopy(shards.manifest)
     manifest["extractors"][stream]["tag"] = "other-v1"
-    other = SimpleNamespace(source=shards.source, manifest=manifest, hash="0" * 64)
+    other = Buckets([ShardSet(shards.source, manifest)], [2])
     with pytest.raises(ConfigError, match=r"extractors differ from those of data\.shards"):
-        statistics_of_run(tmp_path, other, True)  # type: ignore[arg-type]
+        statistics_of_run(tmp_path, other, True)

@@ -93,6 +93,13 @@ def made(recompute: Any, depth: int = 3) -> tuple[list[nn.Module], list[GatherUn
     return plain, [GatherUnit(Layer(i < 3), recompute, partitioned=True, graphs=pool) for i in range(depth)]
 
 
+def captured_of(unit: GatherUnit) -> Any:
+    """The graphs of a unit that has them for one size."""
+    assert unit._graph is not None
+    (found,) = unit._graph._captured.values()
+    return found
+
+
 def move(units: list[GatherUnit]) -> None:
     """Flat parameters are gathered to new addresses all the time."""
     for unit in units:
@@ -158,7 +165,7 @@ def test_with_recomputation_two_places_serve_all_input_gradients() -> None:
     _, units = made("full", 6)
     for step in range(WARM_UP + 1):
         run(list(units), step)
-    captured = [unit._graph._captured[1] for unit in units]
+    captured = [captured_of(unit) for unit in units]
     addresses = {one._below[len(one._flats.rooms)].data_ptr() for one in captured}
     assert len(addresses) == 2
 
@@ -168,7 +175,7 @@ def test_outputs_are_read_where_they_are() -> None:
     _, units = made("none")
     for step in range(WARM_UP + 1):
         run(list(units), step)
-    captured = [unit._graph._captured[1] for unit in units]
+    captured = [captured_of(unit) for unit in units]
     for before, after in pairwise(captured):
         for out, room in zip(before._out, after._inputs.rooms, strict=False):
             assert out.data_ptr() == room.data_ptr()
@@ -191,6 +198,56 @@ def test_other_shapes_constants_and_evaluation_run_as_they_are() -> None:
     assert Again.count == 0
     run(list(units), 11)
     assert Again.count == 2 * len(units)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_clips_of_several_sizes_have_graphs_of_their_own(recompute: Any) -> None:
+    """Sizes by turns, in an order that changes: each gives what ordinary layers give, and each is replayed once warm."""
+    plain, units = made(recompute)
+    Again.count, replayed = 0, 0
+    for step, batch in enumerate((5, 3, 5, 5, 3, 2, 3, 5, 3, 2, 5, 2, 2, 3, 5)):
+        before = Again.count
+        move(units)
+        wanted, found = run(plain, step, batch), run(list(units), step, batch)
+        assert torch.equal(wanted[0], found[0]), step
+        for a, b in zip(wanted[1], found[1], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+        replayed += Again.count > before
+    assert replayed == 15 - 3 * WARM_UP and Again.count == replayed * 2 * len(units)
+    assert len(units[0]._graph._captured) == 3
+    Again.dropped = 0
+    units[0].drop_graphs()
+    assert Again.dropped == 2 * 3
+
+
+def test_a_further_size_computes_again_instead_of_keeping_until_it_has_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory: the first size's graphs hold that of a pass."""
+    _, units = made("none")
+    policies: list[str] = []
+
+    def spied(work: Any, args: Any, policy: Any) -> Any:
+        policies.append(policy)
+        return work(*args)
+
+    monkeypatch.setattr("dualforce.train.gather_unit.recomputed", spied)
+    for step in range(WARM_UP + 1):
+        run(list(units), step, 3)
+    assert policies == []
+    for step in range(WARM_UP + 1):
+        run(list(units), step, 4)
+    assert policies == ["full"] * WARM_UP * len(units)
+
+
+def test_sizes_beyond_the_last_run_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dualforce.train.graphed.MAX_KINDS", 2)
+    plain, units = made("none")
+    for batch in (2, 3):
+        for step in range(WARM_UP + 1):
+            run(list(units), step, batch)
+    Again.count = 0
+    for step in range(WARM_UP + 2):
+        assert torch.equal(run(plain, step, 4)[0], run(list(units), step, 4)[0])
+    assert Again.count == 0 and len(units[0]._graph._captured) == 2
 
 
 def test_graphs_are_given_up_once() -> None:

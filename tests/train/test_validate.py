@@ -34,15 +34,15 @@ def measured(shards: Path, most: int, seen: list[int]) -> dict[str, Any]:
     }  # fmt: skip
     run = validate(RunConfig, values, "test")
     found = ShardSet.open(shards)
-    model = model_config(run, found.manifest)
+    model = model_config(run, [found.manifest])
     module = randomise(TrainModule(model, run.loss, kernels(), None), 0)
     module.register_forward_pre_hook(lambda _, args: seen.append(args[0].target.video.shape[0]))
     statistics = StreamStatistics.from_manifest(found.manifest)
     held_out = validation.HeldOut(
-        found.split("validation"), statistics, model.audio.context, model.video.text_dim
+        found.split("validation"), 5, "", statistics, model.audio.context, model.video.text_dim
     )
     context = StepContext(run, ProcessGrid.single(), kernels(), ChunkRule(model.frames_per_chunk, None, 0))
-    return validation.validate(module, held_out, context)
+    return validation.validate(module, [held_out], context)
 
 
 def test_no_forward_is_larger_than_in_training(shards: Path) -> None:

@@ -32,7 +32,7 @@ def synthetic_source(
     grid = context.grid
     steps = [
         synthetic_step(
-            model, context, frames=context.run.data.frames, latent=latent, text_tokens=text_tokens, clips=1,
+            model, context, frames=context.run.data.lengths[0], latent=latent, text_tokens=text_tokens, clips=1,
             seed=grid.dp_rank + grid.dp * index,
         )
         for index in range(2)
@@ -52,7 +52,7 @@ def shard_source(shards: ShardSet, model: ModelConfig, context: StepContext, ste
         dp_size=context.grid.dp,
         micro_batch=1,
     )
-    loader = StepLoader(shards, deal, 0, steps, partial(prepare_step, context=context))
+    loader = StepLoader([shards], deal, 0, steps, partial(prepare_step, context=context))
     return Source(iter(loader), lambda: loader.wait_seconds)
 
 
