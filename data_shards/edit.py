@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from data_shards.alike import check_extractors_alike
 from data_shards.reader import ShardSet
 from data_shards.schema import SPLITS, ClipSample, ShardError, check_key, fail
 from data_shards.writer import ShardSetWriter
@@ -204,15 +205,8 @@ def _identities(opened: ShardSet) -> list[str]:
 
 
 def _check_alike(first: ShardSet, second: ShardSet) -> None:
-    """Equal frames and extractors: the same tags, and then the same widths and names."""
-    for stream in sorted({*first.manifest["extractors"], *second.manifest["extractors"]}):
-        ours, theirs = (opened.manifest["extractors"].get(stream, {}) for opened in (first, second))
-        for key in ("tag", *sorted({*ours, *theirs} - {"tag"})):
-            if ours.get(key) != theirs.get(key):
-                raise ShardError(
-                    f"{second.root}: extractors.{stream}.{key}: {theirs.get(key)!r}: expected {ours.get(key)!r}, as in "
-                    f"{first.root}"
-                )
+    """Equal extractors and frames."""
+    check_extractors_alike(first, second)
     ours, theirs = first.manifest["frames"], second.manifest["frames"]
     if ours != theirs:
         raise ShardError(f"{second.root}: frames: {theirs}: expected {ours}, as in {first.root}")

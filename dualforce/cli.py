@@ -97,6 +97,9 @@ def generate(
     video_codec: Annotated[
         Path | None, typer.Option(help="folder of the video VAE that the model was trained with")
     ] = None,
+    size: Annotated[
+        int | None, typer.Option(help="edge of the pictures in pixels, one of those trained at; default: the first")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N")] = "auto",
     dtype: Annotated[DtypeName | None, typer.Option(help="default: bfloat16 on a GPU, float32 elsewhere")] = None,
 ) -> None:
@@ -105,7 +108,7 @@ def generate(
     kind = DTYPES[dtype] if dtype else (torch.bfloat16 if place.type == "cuda" else torch.float32)
     sources = Sources(
         image, audio, motion, text_embedding, face_landmarker, seconds, audio_encoder, motion_extractor, video_codec,
-        text, text_encoder,
+        text, text_encoder, size,
     )  # fmt: skip
     sampling = Sampling(steps, seed, cfg_text, cfg_audio, mode, lag, horizon, window)
     keep_compiled_kernels()

@@ -6,13 +6,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from data_shards.alike import check_extractors_alike
 from data_shards.reader import ShardReader, ShardSet
 from data_shards.schema import ShardError
 from dualforce.data.bucket_order import BucketSize, joint_hash
 from dualforce.data.statistics import pooled_statistics
 from dualforce.types import AUDIO_FRAMES, STRUCT_TOKENS
 
-OWN = {"video": ("height", "width")}  # what may differ between the extractors of buckets
+FREE = {"video": ("height", "width")}  # what may differ between the extractors of buckets
 
 
 class Buckets:
@@ -24,7 +25,7 @@ class Buckets:
     def __init__(self, sets: Sequence[ShardSet], lengths: Sequence[int]) -> None:
         self.sets, self.lengths = tuple(sets), tuple(lengths)
         for number, opened in enumerate(self.sets):
-            _check_alike(self.sets[0], opened)
+            check_extractors_alike(self.sets[0], opened, FREE)
             for other in self.sets[:number]:
                 if other.hash == opened.hash:
                     raise ShardError(f"data.shards: {opened.source}: the same clips as {other.source}: expected once")
@@ -89,14 +90,3 @@ def _weights(opened: ShardSet) -> Mapping[str, tuple[int, ...]]:
         "audio": (clips * (frames * AUDIO_FRAMES - 6),),
     }
 
-
-def _check_alike(first: ShardSet, second: ShardSet) -> None:
-    ours, theirs = first.manifest["extractors"], second.manifest["extractors"]
-    for stream in sorted({*ours, *theirs}):
-        one, other = ours.get(stream, {}), theirs.get(stream, {})
-        for key in ("tag", *sorted({*one, *other} - {"tag", *OWN.get(stream, ())})):
-            if one.get(key) != other.get(key):
-                raise ShardError(
-                    f"data.shards: {second.source}: extractors.{stream}.{key}: {other.get(key)!r}: expected "
-                    f"{one.get(key)!r}, as in {first.source}"
-                )

@@ -51,7 +51,8 @@ class GenerateError(ValueError):
 @dataclass(frozen=True)
 class Sources:
     """The files a video is generated from, and how much of the sound is used (None: all of it). `text` is a file with
-    an embedding, `prompt` a text in words, of which `text_encoder` makes one."""
+    an embedding, `prompt` a text in words, of which `text_encoder` makes one. `size`: edge of the pictures in pixels
+    (None: that of the first shard set that the model was trained on)."""
 
     image: Path
     audio: Path
@@ -64,6 +65,7 @@ class Sources:
     video_codec: Path | None = None
     prompt: str | None = None
     text_encoder: Path | None = None
+    size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def prepare(
         raise GenerateError(f"--face-landmarker {sources.face_landmarker}: no such file")
     extractors = config["extractors"]
     codec = video_codec(extractors["video"]["tag"], sources.video_codec, device)
-    size = _pixel_size(config["geometry"], codec, origin)
+    size = _pixel_size(config["geometry"], sources.size, codec, origin)
     wave, count = _sound(sources.audio, sources.seconds)
     frames = whole_frames(count, model.frames_per_chunk)
     face = _face(sources.image, size, sources.face_landmarker)
@@ -164,15 +166,37 @@ def _text(
     return embedding.half().float()
 
 
-def _pixel_size(geometry: Mapping[str, Any], codec: VideoCodec, origin: str) -> int:
-    """Edge of the model's pictures; GenerateError when it does not fit its latents."""
+def _pixel_size(geometry: Mapping[str, Any], wanted: int | None, codec: VideoCodec, origin: str) -> int:
+    """Edge of the pictures: the model's, or `wanted`, if it was trained at that size too. GenerateError otherwise, and
+    when the model's does not fit its latents."""
     size, latent = geometry.get("pixel_size"), geometry.get("latent")
     if not isinstance(size, int) or size < 1:
         raise GenerateError(f"{origin}: geometry.pixel_size = {size!r}: expected a number of pixels")
     expected = [codec.channels, size // VIDEO_STRIDE, size // VIDEO_STRIDE]
     if latent != expected:
         raise GenerateError(f"{origin}: geometry.latent = {latent}: expected {expected} for pixel_size = {size}")
-    return size
+    known = [size, *(edge for edge, _ in trained_buckets(geometry, origin))]
+    if wanted is not None and wanted not in known:
+        names = " or ".join(map(str, sorted(set(known))))
+        raise GenerateError(f"--size {wanted}: expected {names}, what {origin} says it was trained at")
+    return wanted or size
+
+
+def trained_buckets(geometry: Mapping[str, Any], origin: str) -> list[tuple[int, int]]:
+    """(edge of the pictures in pixels, latent frames of the training clips) of every bucket that a config.json names;
+    none in one of an earlier version. Raises GenerateError for anything else."""
+    found, buckets = [], geometry.get("buckets", [])
+    if not isinstance(buckets, list):
+        raise GenerateError(f"{origin}: geometry.buckets: {buckets!r}: expected a list")
+    for bucket in buckets:
+        try:
+            edge, frames = int(bucket["pixel_size"]), int(bucket["frames"])
+        except (KeyError, TypeError, ValueError):
+            raise GenerateError(
+                f"{origin}: geometry.buckets: {bucket!r}: expected pixel_size and frames, both numbers"
+            ) from None
+        found.append((edge, frames))
+    return found
 
 
 def _sound(path: Path, seconds: float | None) -> tuple[Wave, int]:

@@ -122,8 +122,8 @@ class GraphPool:
 
 
 class UnitGraph:
-    """Runs `run(flats, *args)` as it is at first and as graphs from then on, for each kind of arguments that comes often
-    enough: shapes, types and constants. What comes after `MAX_KINDS` of them runs as it is."""
+    """Runs `run(flats, *args)` as it is at first and as graphs from then on, for each kind of arguments (shapes, types,
+    constants) that comes often enough. What comes after `MAX_KINDS` of them runs as it is."""
 
     def __init__(self, run: Callable[..., Any], pool: GraphPool, recompute: bool) -> None:
         self._run, self._pool, self._recompute = run, pool, recompute

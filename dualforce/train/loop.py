@@ -127,7 +127,7 @@ def _validate(job: Job, step: int) -> None:
 
 
 def _images(job: Job, step: int) -> None:
-    """Rows: clean, noised, denoised in one step; columns: the middle pixel frame and the last of the first clip of all."""
+    """Rows: clean, noised, denoised in one step; columns: the middle pixel frame and the last; of the first clip."""
     if not job.held_out or job.sample_codec is None:
         return
     latents = sample_frames(job.engine, job.held_out[0], job.context)

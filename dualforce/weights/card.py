@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,8 +19,8 @@ chunk, of any length.
 |---|---|
 | preset | `{preset}` |
 | parameters | {parameters:,} ({dtype}) |
-| pictures | {size} x {size} pixels, {fps} frames a second |
-| training clips | {frames} latent frames, {chunk} per chunk after the first |
+| pictures | {size}, {fps} frames a second |
+| training clips | {frames}, {chunk} per chunk after the first |
 | bridge | layers `{bridge}`, directions `{directions}` |
 
 ## Use
@@ -50,19 +50,25 @@ The licence of these weights follows from the licences of the clips they were tr
 def model_card(config: Mapping[str, Any], hashes: Mapping[str, str], parameters: int, dtype: torch.dtype) -> str:
     """Text of the card for a model folder's config, with the sha256 of its files."""
     model, geometry = config["model"], config["geometry"]
+    buckets = geometry.get("buckets") or [geometry]  # without: of a run of an earlier version
+    sizes = [(bucket["pixel_size"], bucket["frames"]) for bucket in buckets]
     return CARD.format(
         preset=model["preset"],
         parameters=parameters,
         dtype=str(dtype).removeprefix("torch."),
-        size=geometry["pixel_size"],
+        size=_either(f"{edge} x {edge}" for edge, _ in sizes) + " pixels",
         fps=25,
-        frames=geometry["frames"],
+        frames=_either(str(frames) for _, frames in sizes) + " latent frames",
         chunk=model["frames_per_chunk"],
         bridge=model["bridge"]["layers"],
         directions=model["bridge"]["directions"],
         extractors="\n".join(_extractor_line(name, row["tag"]) for name, row in config["extractors"].items()),
         files="\n".join(f"| `{name}` | `{digest}` |" for name, digest in sorted(hashes.items())),
     )
+
+
+def _either(words: Iterable[str]) -> str:
+    return " or ".join(dict.fromkeys(words))
 
 
 def _extractor_line(stream: str, tag: str) -> str:

@@ -129,3 +129,25 @@ def test_config_that_contradicts_itself_is_named(sources: Sources) -> None:
     geometry = config["geometry"] | {"latent": [16, 8, 8]}
     with pytest.raises(GenerateError, match=r"geometry\.latent = \[16, 8, 8\]: expected \[16, 16, 16\]"):
         prepare(sources, config | {"geometry": geometry}, model, "config.json")
+
+
+def test_pictures_of_every_size_that_was_trained_at(sources: Sources) -> None:
+    model, config = real_config(128, LandmarkerMotion.width)
+    sizes = [{"pixel_size": 128, "frames": 9}, {"pixel_size": 192, "frames": 5}]
+    config = config | {"geometry": config["geometry"] | {"buckets": sizes}}
+    for size, edge in ((None, 16), (128, 16), (192, 24)):
+        found = prepare(replace(sources, size=size), config, model, "config.json")
+        assert found.inputs.reference.shape == (16, edge, edge)
+    with pytest.raises(GenerateError, match=r"--size 160: expected 128 or 192, what config\.json says"):
+        prepare(replace(sources, size=160), config, model, "config.json")
+    alone = real_config(128, LandmarkerMotion.width)[1]
+    with pytest.raises(GenerateError, match=r"--size 192: expected 128, what"):
+        prepare(replace(sources, size=192), alone, model, "config.json")
+
+
+@pytest.mark.parametrize("buckets", [[{"pixel_size": 128}], [7], 7, {"a": 1}])
+def test_buckets_of_a_config_that_are_none(sources: Sources, buckets: object) -> None:
+    model, config = real_config(128, LandmarkerMotion.width)
+    config = config | {"geometry": config["geometry"] | {"buckets": buckets}}
+    with pytest.raises(GenerateError, match=r"config\.json: geometry\.buckets: .*expected"):
+        prepare(sources, config, model, "config.json")

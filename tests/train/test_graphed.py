@@ -202,7 +202,7 @@ def test_other_shapes_constants_and_evaluation_run_as_they_are() -> None:
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_clips_of_several_sizes_have_graphs_of_their_own(recompute: Any) -> None:
-    """Sizes by turns, in an order that changes: each gives what ordinary layers give, and each is replayed once warm."""
+    """Sizes by turns, in an order that changes: each gives what ordinary layers give, replayed once warm."""
     plain, units = made(recompute)
     Again.count, replayed = 0, 0
     for step, batch in enumerate((5, 3, 5, 5, 3, 2, 3, 5, 3, 2, 5, 2, 2, 3, 5)):
