@@ -48,8 +48,13 @@ def engine_config(stage: int) -> dict[str, Any]:
     }
 
 
-def train(grid: ProcessGrid, stage: int, recompute: Any, graphs: bool) -> list[float]:
-    """Losses of six steps of `small` on the same clips, from the same start."""
+Size = tuple[int, tuple[int, int]]
+ONE_SIZE: list[Size] = [(FRAMES, LATENT)] * STEPS
+
+
+def train(grid: ProcessGrid, stage: int, recompute: Any, graphs: bool, sizes: list[Size] = ONE_SIZE) -> list[float]:
+    """Losses of `small`, from the same start, in steps on clips of `sizes` (frames, latent height and width), always
+    the same ones of a size."""
     model = build_model_config("small", struct_dim=70, audio_dim=80, overrides=ModelOverrides(frames_per_chunk=2))
     try:
         kernels = select_kernels("fused", grid.device, torch.bfloat16, model.head_dims)
@@ -62,11 +67,18 @@ def train(grid: ProcessGrid, stage: int, recompute: Any, graphs: bool) -> list[f
     launch.seed_everything(0)
     build = partial(TrainModule, model, LossConfig(), kernels, 56)
     engine = build_engine(lambda place: build(place), engine_config(stage), grid, recompute, graphs)
-    step = synthetic_step(model, context, frames=FRAMES, latent=LATENT, text_tokens=7, clips=CLIPS, seed=0)
+    steps = {
+        size: synthetic_step(model, context, frames=size[0], latent=size[1], text_tokens=7, clips=CLIPS, seed=0)
+        for size in dict.fromkeys(sizes)
+    }
     losses = []
-    for number in range(STEPS):
+    for number, size in enumerate(sizes):
         shares: list[torch.Tensor] = []
-        train_step(engine, step, context, number, lambda _, out, shares=shares: shares.append(out.terms.total.detach()))
+
+        def record(_: Any, out: Any, shares: list[torch.Tensor] = shares) -> None:
+            shares.append(out.terms.total.detach())
+
+        train_step(engine, steps[size], context, number, record)
         losses.append(float(sum(shares)))
     engine.destroy()
     return losses
@@ -86,3 +98,15 @@ def test_graphs_change_nothing(grid: ProcessGrid, stage: int, recompute: Any) ->
     print(plain, graphed)
     assert all(map(math.isfinite, plain)) and plain[-1] < 0.97 * plain[0]
     assert max(abs(a - b) / abs(b) for a, b in zip(graphed, plain, strict=True)) < 1e-2
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_graphs_of_several_sizes_change_nothing(grid: ProcessGrid, recompute: Any) -> None:
+    """Three sizes by turns in one memory. A graph that spoilt another's tensors would show in the losses after it."""
+    large, small, long = (5, (32, 32)), (5, (16, 16)), (9, (16, 16))
+    sizes: list[Size] = [large, small, long, large, large, small, small, large, long, small, long, large, long, small]
+    plain, graphed = (train(grid, 3, recompute, graphs, sizes) for graphs in (False, True))
+    print(plain, graphed)
+    assert all(map(math.isfinite, plain)) and plain[-3] < 0.97 * plain[0]
+    # As above, over fourteen steps.
+    assert max(abs(a - b) / abs(b) for a, b in zip(graphed, plain, strict=True)) < 2e-2
