@@ -28,6 +28,7 @@ from dualforce.presets import build_model_config
 from dualforce.train.setup import model_config
 from megatron_ext.parallel.grid import ProcessGrid, check_heads
 from tools.bench import recipes
+from tools.bench.clips import ClipSize
 from tools.bench.rates import matmul_tflops
 from tools.bench.step_row import Subject, measure
 from tools.bench.table import show, write_json
@@ -44,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--preset", default="mova-lite")
     made.add_argument("--frames", type=int, default=20, help="latent frames of a clip")
     made.add_argument("--latent", default="64x64", help="latent height x width; 2x2 makes the arithmetic trivial")
+    made.add_argument("--also", default="", help="further sizes of clips by turns, for example 9x96x96,9x64x64")
     made.add_argument("--text", type=int, default=512, help="text tokens")
     made.add_argument("--shards", type=Path, help="read this shard set (its latent size and text) with the real loader")
     made.add_argument("--sequence", type=int, default=1, help="ranks that share a clip")
@@ -133,12 +135,15 @@ def _subject(options: argparse.Namespace) -> Subject:
     if options.shards is None:
         changes = ModelOverrides(frames_per_chunk=1)
         model = build_model_config(options.preset, struct_dim=70, audio_dim=1024, overrides=changes)
-        return Subject(model, _size(options.latent), options.text, None)
+        return Subject(model, _sizes(options), options.text, None)
+    if options.also:
+        raise ConfigError(f"--also {options.also}: not with --shards, whose clips have one size")
     shards = ShardSet.open(options.shards)
     video, text = (shards.manifest["extractors"].get(name) for name in ("video", "text"))
     if text is not None:
         raise ConfigError(f"--shards {options.shards}: has text of any length: expected a set without, to count FLOPs")
-    return Subject(model_config(_run(options, 1), [shards.manifest]), (video["height"], video["width"]), 1, shards)
+    size = ClipSize(options.frames, video["height"], video["width"])
+    return Subject(model_config(_run(options, 1), [shards.manifest]), (size,), 1, shards)
 
 
 def _run(options: argparse.Namespace, clips: int) -> RunConfig:
@@ -172,17 +177,30 @@ def _path(text: str) -> Path | None:
     return Path(text) if text else None
 
 
-def _size(text: str) -> tuple[int, int]:
-    parts = text.split("x")
-    if len(parts) != 2 or not all(part.isdigit() and int(part) % 2 == 0 and int(part) > 0 for part in parts):
-        raise ConfigError(f"--latent {text}: expected two even numbers, for example 64x64")
-    return int(parts[0]), int(parts[1])
+def _sizes(options: argparse.Namespace) -> tuple[ClipSize, ...]:
+    """What --frames, --latent and --also say."""
+    latent = _numbers(options.latent)
+    if len(latent) != 2 or not _even(latent):
+        raise ConfigError(f"--latent {options.latent}: expected two even numbers, for example 64x64")
+    also = [_numbers(text) for text in options.also.split(",") if text]
+    if not all(len(size) == 3 and size[0] > 0 and _even(size[1:]) for size in also):
+        raise ConfigError(f"--also {options.also}: expected frames and two even numbers each, for example 9x96x96")
+    return ClipSize(options.frames, *latent), *(ClipSize(*size) for size in also)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) if part.isdigit() else 0 for part in text.split("x")]
+
+
+def _even(sides: list[int]) -> bool:
+    return all(side > 0 and side % 2 == 0 for side in sides)
 
 
 def _title(content: dict[str, Any]) -> str:
     options, machine = content["options"], content["machine"]
+    also = f" and {options['also']} by turns" if options["also"] else ""
     return (
-        f"{options['preset']}, {options['frames']} frames of {options['latent']}, {machine['gpus']} x "
+        f"{options['preset']}, {options['frames']} frames of {options['latent']}{also}, {machine['gpus']} x "
         f"{machine['device']}, SP {options['sequence']}, recompute {options['recompute']}, "
         f"matmul {content['matmul_tflops']:.0f} TFLOP/s"
     )

@@ -19,7 +19,7 @@ from dualforce.train.step import StepContext
 from megatron_ext.kernels.kernel_set import select_kernels
 from megatron_ext.parallel.grid import ProcessGrid
 from tools import bench_step
-from tools.bench.clips import shard_source, synthetic_source
+from tools.bench.clips import ClipSize, shard_source, synthetic_source
 from tools.bench.trace import Span, busy_ms, gaps
 from tools.bench_step import parser
 
@@ -46,13 +46,23 @@ def test_ranks_of_a_group_share_synthetic_clips_and_groups_do_not(shards: ShardS
     run = run_of(4, 2)
     model = model_config(run, [shards.manifest])
     firsts = [
-        next(synthetic_source(model, context(run, rank, 4, 2), latent=(4, 6), text_tokens=3).steps) for rank in range(4)
+        next(synthetic_source(model, context(run, rank, 4, 2), sizes=[ClipSize(4, 4, 6)], text_tokens=3).steps) for rank in range(4)
     ]
     frames = [step[0][0].noised.video for step in firsts]
     assert [tuple(x.shape) for x in frames] == [(1, 2, 16, 4, 6)] * 4  # two of four frames each
     assert firsts[0][0][0].cond.text.shape == (1, 3, model.video.text_dim)
     assert torch.equal(firsts[0][0][0].cond.reference, firsts[1][0][0].cond.reference)
     assert not torch.equal(frames[0], frames[1]) and not torch.equal(frames[0], frames[2])
+
+
+def test_sizes_of_clips_take_turns(shards: ShardSet) -> None:
+    run = run_of(4, 1)
+    source = synthetic_source(
+        model_config(run, [shards.manifest]), context(run), sizes=[ClipSize(4, 4, 6), ClipSize(2, 8, 8)], text_tokens=3
+    )
+    clips = [step[0][0].noised.video for step in itertools.islice(source.steps, 4)]
+    assert [tuple(clip.shape[1:]) for clip in clips] == [(4, 16, 4, 6), (2, 16, 8, 8)] * 2
+    assert not torch.equal(clips[0], clips[2])
 
 
 def test_real_clips_come_through_the_loader(shards: ShardSet) -> None:
@@ -70,6 +80,8 @@ def test_real_clips_come_through_the_loader(shards: ShardSet) -> None:
     [
         (["--rows", "ours,best"], "--rows ours,best: best: expected some of"),
         (["--latent", "63x64"], "--latent 63x64: expected two even numbers"),
+        (["--also", "9x96"], "--also 9x96: expected frames and two even numbers each"),
+        (["--also", "9x96x96,0x64x64"], "--also 9x96x96,0x64x64: expected frames"),
         (["--sequence", "5"], "parallel.sequence = 5: does not divide video.heads = 12, struct.heads = 12"),
         (["--shards", "nowhere"], "nowhere"),
     ],

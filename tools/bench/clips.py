@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -18,6 +18,14 @@ from dualforce.train.step import PreparedStep, StepContext, prepare_step
 from dualforce.types import AUDIO_FRAMES, STRUCT_TOKENS, ClipBatch
 
 
+class ClipSize(NamedTuple):
+    """Latent frames, height and width of clips."""
+
+    frames: int
+    height: int
+    width: int
+
+
 class Source(NamedTuple):
     """Prepared steps, and how long the consumer has waited for them so far, in seconds."""
 
@@ -26,16 +34,16 @@ class Source(NamedTuple):
 
 
 def synthetic_source(
-    model: ModelConfig, context: StepContext, *, latent: tuple[int, int], text_tokens: int
+    model: ModelConfig, context: StepContext, *, sizes: Sequence[ClipSize], text_tokens: int
 ) -> Source:
-    """Two steps of one clip a data-parallel rank, by turns."""
+    """Two steps of one clip a data-parallel rank for each size, by turns."""
     grid = context.grid
     steps = [
         synthetic_step(
-            model, context, frames=context.run.data.lengths[0], latent=latent, text_tokens=text_tokens, clips=1,
+            model, context, frames=size.frames, latent=size[1:], text_tokens=text_tokens, clips=1,
             seed=grid.dp_rank + grid.dp * index,
         )
-        for index in range(2)
+        for index in range(2) for size in sizes
     ]  # fmt: skip
     return Source(itertools.cycle(steps), lambda: 0.0)
 

@@ -6,6 +6,7 @@ import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import mean
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -23,7 +24,7 @@ from dualforce.train.gather_unit import GatherUnit
 from dualforce.train.step import StepContext, train_step
 from megatron_ext.parallel.grid import ProcessGrid
 from tools.bench import recipes
-from tools.bench.clips import Source, shard_source, synthetic_source
+from tools.bench.clips import ClipSize, Source, shard_source, synthetic_source
 from tools.bench.rates import DATASHEET_TFLOPS
 from tools.bench.trace import busy_ms, traced, write_tables
 
@@ -36,7 +37,7 @@ class Subject(NamedTuple):
     """What is trained, on what."""
 
     model: ModelConfig
-    latent: tuple[int, int]
+    sizes: tuple[ClipSize, ...]  # by turns
     text_tokens: int
     shards: ShardSet | None
 
@@ -54,27 +55,33 @@ def measure(
     if name == "ours-zero1":
         config = _stage1(run, grid)
     if subject.shards is None:
-        source = synthetic_source(model, context, latent=subject.latent, text_tokens=subject.text_tokens)
+        source = synthetic_source(model, context, sizes=subject.sizes, text_tokens=subject.text_tokens)
     else:
         source = shard_source(subject.shards, model, context, WARM_UP + options.steps + 2)
     try:
         engine = recipes.build(name, model, kernels, config, grid, options.recompute)
         with recipes.backend(name):
-            row = _timed(engine, source, context, options, name)
+            row = _timed(engine, source, context, options, name, len(subject.sizes))
         close_engine(engine)
     except torch.OutOfMemoryError:
         return {"row": name, "ms": None, "note": "out of memory"}
-    tokens = subject.latent[0] * subject.latent[1] // model.video.patch**2
-    per_gpu = forward_flops(model, options.frames, tokens, subject.text_tokens).training / grid.sp / 1e12
+    per_gpu = mean(_flops(subject, size) for size in subject.sizes) / grid.sp / 1e12
     rate = per_gpu / (row["ms"] / 1000)
     row |= {"TFLOP/s a GPU": rate, "of matmul": rate / matmul, f"of {DATASHEET_TFLOPS:.0f}": rate / DATASHEET_TFLOPS}
     return row
 
 
+def _flops(subject: Subject, size: ClipSize) -> float:
+    """Model FLOPs of training on a clip."""
+    tokens = size.height * size.width // subject.model.video.patch**2
+    return forward_flops(subject.model, size.frames, tokens, subject.text_tokens).training
+
+
 def _timed(
-    engine: Any, source: Source, context: StepContext, options: argparse.Namespace, name: str
+    engine: Any, source: Source, context: StepContext, options: argparse.Namespace, name: str, sizes: int
 ) -> dict[str, Any]:
-    """Seconds of `options.steps` steps after a warm-up, the host's part of them, and peak memory."""
+    """Mean seconds of at least `options.steps` steps, as many of each of `sizes` sizes, after a warm-up, the host's
+    part of them, and peak memory."""
     losses = torch.zeros(CHECKED, device=context.grid.device)
     norms: list[float] = []
     count = 0
@@ -90,15 +97,16 @@ def _timed(
             norms.append(float(norm))
         count += 1
 
-    for _ in range(WARM_UP):
+    for _ in range(WARM_UP * sizes):
         step()
     torch.cuda.synchronize()
     began, waited = time.perf_counter(), source.waited()
-    for _ in range(options.steps):
+    steps = -(-options.steps // sizes) * sizes
+    for _ in range(steps):
         step()
     torch.cuda.synchronize()
-    seconds = (time.perf_counter() - began) / options.steps
-    waited = (source.waited() - waited) / options.steps
+    seconds = (time.perf_counter() - began) / steps
+    waited = (source.waited() - waited) / steps
     profiler, spans = traced(step, with_host=options.profile is not None)
     if options.profile and context.grid.rank == 0:
         write_tables(options.profile, profiler, spans)
