@@ -45,9 +45,8 @@ def run_of(frames: int, clips: int) -> RunConfig:
 def test_ranks_of_a_group_share_synthetic_clips_and_groups_do_not(shards: ShardSet) -> None:
     run = run_of(4, 2)
     model = model_config(run, [shards.manifest])
-    firsts = [
-        next(synthetic_source(model, context(run, rank, 4, 2), sizes=[ClipSize(4, 4, 6)], text_tokens=3).steps) for rank in range(4)
-    ]
+    contexts = [context(run, rank, 4, 2) for rank in range(4)]
+    firsts = [next(synthetic_source(model, one, sizes=[ClipSize(4, 4, 6)], text_tokens=3).steps) for one in contexts]
     frames = [step[0][0].noised.video for step in firsts]
     assert [tuple(x.shape) for x in frames] == [(1, 2, 16, 4, 6)] * 4  # two of four frames each
     assert firsts[0][0][0].cond.text.shape == (1, 3, model.video.text_dim)
