@@ -13,8 +13,9 @@ All graphs share one memory pool. They must be replayed in the order of their ca
 back, which is the order of every training step.
 
 Clips of several sizes have graphs of their own, in the same memory: no two of a step differ, and what a forward left
-for its backward is not needed in the next step. Before a further size is captured its few ordinary passes would need
-that memory a second time, outside the pool: they keep the layers' inputs only and compute the rest again.
+for its backward is not needed in the next step. The largest should come first, as others find room in what it took
+piece by piece. Before a further size is captured its few ordinary passes would need that memory a second time, outside
+the pool: they keep the layers' inputs only and compute the rest again.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ class GraphPool:
         self._places: dict[Any, Tensor] = {}
         self.fixed: dict[int, Tensor] = {}  # outputs and input gradients of graphs, by address
         self._turns = itertools.count()
+        self._kinds = 0
 
     def turn(self) -> int:
         """0 and 1 for units that follow each other."""
@@ -94,11 +96,16 @@ class GraphPool:
         if self._make is None:
             stream, handle = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
             self._make = lambda: _CudaRecording(stream, handle)
-            # What the ordinary steps left in the allocator's cache would not fit beside the graphs' own memory.
+        return self._make()
+
+    def make_room(self, kind: int) -> None:
+        """Called by each unit before it captures its `kind`-th size of clips: what ordinary steps left in the
+        allocator's cache would not fit beside the graphs' own memory."""
+        if kind == self._kinds and torch.cuda.is_initialized():
             torch.cuda.synchronize()
             gc.collect()
             torch.cuda.empty_cache()
-        return self._make()
+        self._kinds = max(self._kinds, kind + 1)
 
     def place(self, name: Any, like: Tensor) -> Tensor:
         """A tensor of fixed address with the shape of `like`, the same for every unit that asks by this name."""
@@ -154,6 +161,7 @@ class UnitGraph:
         """`flats` gives the flat parameters as they are now, in the forward and again in the backward."""
         kind = _kind(args)
         if kind not in self._captured:
+            self._pool.make_room(len(self._captured))
             self._captured[kind] = _Captured(self._run, self._pool, args, self._recompute)
         return _Replayed.apply(self._captured[kind], flats, *flats(), *_tensors(args))
 

@@ -63,8 +63,9 @@ def measure(
         with recipes.backend(name):
             row = _timed(engine, source, context, options, name, len(subject.sizes))
         close_engine(engine)
-    except torch.OutOfMemoryError:
-        return {"row": name, "ms": None, "note": "out of memory"}
+    except torch.OutOfMemoryError as error:
+        told = str(error).split(". ")
+        return {"row": name, "ms": None, "note": "; ".join(["out of memory", *told[1:2], *told[3:6]])}
     per_gpu = mean(_flops(subject, size) for size in subject.sizes) / grid.sp / 1e12
     rate = per_gpu / (row["ms"] / 1000)
     row |= {"TFLOP/s a GPU": rate, "of matmul": rate / matmul, f"of {DATASHEET_TFLOPS:.0f}": rate / DATASHEET_TFLOPS}
