@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from helpers.fake_shards import write_fake_shards
 from helpers.shard_edits import locate
 
 from data_shards.edit import merge
+from data_shards.moments import StreamMoments
 from data_shards.reader import ShardSet
 from data_shards.schema import ShardError
 from dualforce.config import ConfigError, DataConfig
@@ -65,6 +67,18 @@ def test_pooled_statistics_are_those_of_the_merged_set(tmp_path: Path) -> None:
                 torch.tensor(pooled[stream][kind], dtype=torch.float64),
                 torch.tensor(whole[stream][kind], dtype=torch.float64), rtol=1e-10, atol=1e-10,
             )  # fmt: skip
+
+
+def test_pooled_statistics_of_clips_of_any_size_are_those_of_all_values(opened: list[ShardSet]) -> None:
+    """Sizes and lengths that no set could hold together, against one pass over all clips."""
+    moments = StreamMoments()
+    for one in opened:
+        reader = one.split("train")
+        for index in range(len(reader)):
+            moments.add(reader.read(index))
+    whole, pooled = moments.statistics("test"), Buckets(opened, LENGTHS).statistics()
+    for stream, kind in itertools.product(whole, ("mean", "std")):
+        torch.testing.assert_close(torch.tensor(pooled[stream][kind]), torch.tensor(whole[stream][kind]))
 
 
 def test_large_latents_weigh_by_their_pixels(opened: list[ShardSet]) -> None:
@@ -145,11 +159,12 @@ def test_clips_are_what_their_set_holds(opened: list[ShardSet]) -> None:
                 assert torch.equal(batch.video[row], wanted)
 
 
-def test_damage_is_replaced_from_the_same_bucket_and_told_with_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sides", [(4, 8), (8, 4)])
+def test_damage_is_replaced_from_the_same_bucket_and_told_with_it(tmp_path: Path, sides: tuple[int, int]) -> None:
     """Keys of two sets may be alike: one recording at two sizes."""
     sets = [
         ShardSet.open(write_fake_shards(tmp_path / str(side), clips=4, frames=5, height=side, width=side))
-        for side in (4, 8)
+        for side in sides
     ]
     for one in sets:
         tar = one.root / "train-000000.tar"

@@ -74,6 +74,15 @@ def test_stop_and_resume_within_a_cycle_of_buckets(outcomes: dict[str, Outcome],
     assert {"video/32px-9f", "video/64px-5f", "struct/64px-5f"} <= last.keys()
 
 
+def test_the_speed_counts_the_tokens_of_each_step(outcomes: dict[str, Outcome], folder: Path) -> None:
+    """Two clips of 9 x (4 + 4) or of 5 x (16 + 4) tokens."""
+    assert outcomes["straight"].ok
+    lines = [json.loads(line) for line in (folder / "straight" / "metrics.jsonl").read_text().splitlines()]
+    rows = [line for line in lines if line["kind"] == "train"]
+    tokens = [round(row["tokens_per_second"] * row["seconds_per_step"]) for row in rows]
+    assert tokens[:2] == [200, 144] and sorted(set(tokens)) == [144, 200]
+
+
 def test_ranks_that_share_a_clip_train_the_same(outcomes: dict[str, Outcome], folder: Path) -> None:
     """Losses and gradient norms are those of a clip on each rank; sums are taken in another order, in fp32."""
     assert outcomes["shared"].ok, outcomes["shared"].show()
