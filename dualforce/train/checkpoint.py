@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import random
 from dataclasses import asdict, dataclass, replace
@@ -21,8 +22,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dualforce.config import ConfigError, read_json
+from dualforce.train.engine import BATCH_KEYS
 from dualforce.train.gather_unit import Slot, unpack_state
+from dualforce.train.partitions import files_of
+from dualforce.train.reshape import describe_change, load_reshaped, other_partition, together
 from megatron_ext.parallel.grid import ProcessGrid
+
+logger = logging.getLogger(__name__)
 
 POINTER = "LATEST"
 
@@ -82,18 +88,29 @@ def read_state(run_dir: Path, step: int | None = None) -> SavedState:
 
 
 def resume(engine: Any, run_dir: Path, expected: SavedState, grid: ProcessGrid) -> int:
-    """Load the newest checkpoint into the engine and the generators; returns the steps done.
+    """Load the newest checkpoint into the engine and the generators; returns the steps done. Every rank calls it.
 
-    Raises ConfigError when the checkpoint was written with other ranks or another configuration; intervals and
-    `stop_at` may differ.
+    Raises ConfigError, the same on every rank, when the checkpoint was written with another configuration or lacks
+    files. Intervals, `stop_at` and the run's shape may differ: with the same ranks and ZeRO stage DeepSpeed loads its
+    own files, else reshape.py does. Generators of a rank that the checkpoint has not got stay as they began: losses do
+    not depend on them.
     """
     saved = read_state(run_dir)
     _check_same(saved, expected, run_dir)
     folder, tag = run_dir / "checkpoints", _tag(saved.step)
-    loaded, _ = engine.load_checkpoint(str(folder), tag=tag)
-    if loaded is None:
-        raise ConfigError(f"{folder / tag}: DeepSpeed found nothing to load")
-    _restore_generators(load_file(folder / tag / f"rng-{grid.rank:05d}.safetensors"), grid.device)
+    generators = folder / tag / f"rng-{grid.rank:05d}.safetensors"
+    change = describe_change(saved, expected)
+    if change is not None:
+        logger.info("%s: step %d goes on in another shape: %s", run_dir, saved.step, change)
+    together(grid, lambda: _check_files(saved, expected, generators, grid.rank))
+    if other_partition(saved, expected):
+        load_reshaped(engine, folder / tag, saved, expected, grid)
+    else:
+        loaded, _ = engine.load_checkpoint(str(folder), tag=tag)
+        if loaded is None:
+            raise ConfigError(f"{folder / tag}: DeepSpeed found nothing to load")
+    if grid.rank < saved.world:
+        _restore_generators(load_file(generators), grid.device)
     return saved.step
 
 
@@ -114,11 +131,23 @@ def read_fp32_state(run_dir: Path, step: int | None = None) -> dict[str, Tensor]
     return unpack_state(state, saved.units)
 
 
+def _check_files(saved: SavedState, expected: SavedState, generators: Path, rank: int) -> None:
+    """Of what this rank will load itself; DeepSpeed would end one rank, and leave the others waiting for it."""
+    files = [generators] if rank < saved.world else []
+    if not other_partition(saved, expected):
+        bf16 = bool(saved.engine.get("bf16", {}).get("enabled"))
+        files += files_of(generators.parent, saved.zero_stage, bf16, rank)
+    for path in files:
+        if not path.is_file():
+            raise ConfigError(f"{path}: no such file; expected the files of every rank of the checkpoint")
+
+
 def _check_same(saved: SavedState, expected: SavedState, run_dir: Path) -> None:
-    for name in ("world", "sequence", "zero_stage", "optimizer"):
-        old, new = getattr(saved, name), getattr(expected, name)
-        if old != new:
-            raise ConfigError(f"{run_dir}: checkpoint of step {saved.step} has {name} = {old}, this run {new}")
+    if saved.optimizer != expected.optimizer:
+        raise ConfigError(
+            f"{run_dir}: checkpoint of step {saved.step} has optimizer = {saved.optimizer}, "
+            f"this run {expected.optimizer}"
+        )
     if saved.units != expected.units:
         unit = next(u for u in {**saved.units, **expected.units} if saved.units.get(u) != expected.units.get(u))
         raise ConfigError(
@@ -126,10 +155,16 @@ def _check_same(saved: SavedState, expected: SavedState, run_dir: Path) -> None:
         )
     changes = [*_differences(saved.run, expected.run, ""), *_differences(saved.engine, expected.engine, "deepspeed")]
     for key, old, new in changes:
-        if key not in FREE_ON_RESUME:
+        if not _free(key, saved, expected):
             raise ConfigError(
                 f"{run_dir}: checkpoint of step {saved.step} has {key} = {json.dumps(old)}, this run {json.dumps(new)}"
             )
+
+
+def _free(key: str, saved: SavedState, expected: SavedState) -> bool:
+    if other_partition(saved, expected) and (key == FUSED or key.startswith(f"{PARTITION}.")):
+        return True
+    return key in FREE_ON_RESUME or (key in FREE_IN_ANOTHER_SHAPE and describe_change(saved, expected) is not None)
 
 
 FREE_ON_RESUME = frozenset(
@@ -138,10 +173,18 @@ FREE_ON_RESUME = frozenset(
     "data.prefetch", "data.workers", "data.allow_new_shards", "parallel.recompute", "parallel.graphs",
     # Where files lie; what is in them is compared (of the shards by their hash).
     "data.shards", "data.cache", "data.cache_gib", "data.video_codec", "deepspeed",
+    # How the clips of a step, whose number stays, are dealt.
+    "data.max_micro_batch", "parallel.sequence",
 }  # fmt: skip
+# What follows from the ranks, and from the micro-batches where the DeepSpeed file says "auto".
+FREE_IN_ANOTHER_SHAPE = frozenset(f"deepspeed.{key}" for key in (*BATCH_KEYS, "data_types.grad_accum_dtype"))
+# Where states lie and how they are stepped, not what they are.
+PARTITION, FUSED = "deepspeed.zero_optimization", "deepspeed.optimizer.params.fused"
 
 
 def _differences(old: Any, new: Any, key: str) -> list[tuple[str, Any, Any]]:
+    if any(isinstance(side, dict) for side in (old, new)):
+        old, new = ({} if side is None else side for side in (old, new))  # a section that one file has not got
     if isinstance(old, dict) and isinstance(new, dict):
         names = sorted(old.keys() | new.keys())
         return [d for n in names for d in _differences(old.get(n), new.get(n), f"{key}.{n}" if key else n)]

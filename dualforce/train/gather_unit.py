@@ -178,6 +178,12 @@ def unpack_state(state: dict[str, Tensor], layouts: dict[str, dict[str, list[Slo
     return found
 
 
+def flat_numel(slots: list[Slot]) -> int:
+    """Elements of the flat tensor of these slots, padding included."""
+    end = slots[-1].start + slots[-1].numel
+    return -(-end // ALIGN) * ALIGN
+
+
 def layouts_of(module: nn.Module) -> dict[str, dict[str, list[Slot]]]:
     """The layouts of all units below `module`, by name."""
     return {name: unit.layout for name, unit in module.named_modules() if isinstance(unit, GatherUnit)}
@@ -194,8 +200,7 @@ def _layout(module: nn.Module) -> dict[str, list[Slot]]:
 
 
 def _packed(parameters: dict[str, Tensor], slots: list[Slot]) -> Tensor:
-    end = slots[-1].start + slots[-1].numel
-    flat = parameters[slots[0].name].detach().new_zeros(-(-end // ALIGN) * ALIGN)
+    flat = parameters[slots[0].name].detach().new_zeros(flat_numel(slots))
     for slot in slots:
         flat[slot.start : slot.start + slot.numel] = parameters[slot.name].detach().flatten()
     return flat

@@ -51,18 +51,20 @@ def engine_file(folder: Path) -> Path:
     return folder / "zero3.json"
 
 
-def train(folder: Path, shards: Path, engine_file: Path, gpus: int) -> list[float]:
+def train(
+    folder: Path, shards: Path, engine_file: Path, gpus: int, name: str | None = None, more: tuple[str, ...] = ()
+) -> list[float]:
     """Losses of twenty steps with one rank a GPU and sequence parallelism over all of them."""
     if torch.cuda.device_count() < gpus:
         pytest.skip(f"{torch.cuda.device_count()} CUDA devices, {gpus} needed")
-    out = folder / f"run-{gpus}"
-    if not out.exists():
+    out = folder / (name or f"run-{gpus}")
+    if not out.exists() or more:
         values = [f"data.shards={shards}", f"deepspeed={engine_file}", f"train.steps={STEPS}", "train.log_every=1",
                   "data.frames=9", "data.clips_per_step=4", "data.max_micro_batch=4", "train.validate_every=1000",
                   "train.validation_sigmas=4", f"parallel.sequence={gpus}"]  # fmt: skip
         sets = [item for value in values for item in ("--set", value)]
         command("-m", "tools.launch_local", "--processes", str(gpus), "--run", str(ROOT / "ds_configs/runs/small.json"),
-                "--out", str(out), *sets)  # fmt: skip
+                "--out", str(out), *sets, *more)  # fmt: skip
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [line["total"] for line in lines if line["kind"] == "train"]
 
@@ -84,6 +86,21 @@ def test_two_gpus_agree_with_one(folder: Path, shards: Path, engine_file: Path) 
     print("one GPU", [round(x, 4) for x in one])
     print("two GPUs", [round(x, 4) for x in two])
     assert np.max(np.abs(np.array(one) - np.array(two)) / np.array(one)) < 0.02
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_run_goes_on_with_another_number_of_gpus(
+    folder: Path, shards: Path, engine_file: Path, before: int, after: int
+) -> None:
+    """Stopped in the middle. What is loaded is checked bit for bit; losses then differ by bf16's rounding, which ten
+    steps spread less than twenty do (the bound of the test above)."""
+    straight = train(folder, shards, engine_file, before)
+    name, half = f"from-{before}-to-{after}", STEPS // 2
+    train(folder, shards, engine_file, before, name, ("--set", f"train.stop_at={half}"))
+    losses = train(folder, shards, engine_file, after, name, ("--resume",))
+    assert len(losses) == STEPS
+    assert np.max(np.abs(np.array(losses) - np.array(straight))[half:] / np.array(straight)[half:]) < 0.02
 
 
 @pytest.mark.timeout(900)

@@ -76,7 +76,7 @@ def outcomes(folder: Path, shards: Path, grown: Path) -> dict[str, Outcome]:
         Launch("straight", 2, [*common, "--out", str(folder / "straight"), *resumed[2:]]),
         Launch("first-half", 2, [*common, *resumed, "--set", "train.stop_at=5"]),
         Launch("second-half", 2, [*common, *resumed, "--resume", "--set", "data.workers=2"]),
-        Launch("other-world", 1, [*common, "--out", str(folder / "resumed"), "--resume", "--set", f"deepspeed={FP32}"]),
+        Launch("other-clips", 2, [*common, *resumed, "--resume", "--set", "data.clips_per_step=2"]),
         Launch("other-seed", 2, [*common, *resumed, "--resume", "--seed", "7"]),
         Launch("occupied", 2, [*common, *resumed]),
     ]
@@ -155,7 +155,7 @@ def test_metrics_hold_what_the_docs_promise(outcomes: dict[str, Outcome], folder
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("other-world", "has world = 2, this run 1"),
+        ("other-clips", "has data.clips_per_step = 4, this run 2"),
         ("other-seed", "has train.seed = 0, this run 7"),
         ("occupied", "holds checkpoints; add --resume"),
     ],

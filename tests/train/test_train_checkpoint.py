@@ -22,7 +22,7 @@ STATE = SavedState(
     sequence=2,
     zero_stage=3,
     run={"train": {"steps": 9, "seed": 1, "log_every": 1}},
-    engine={"gradient_clipping": 1.0},
+    engine={"gradient_clipping": 1.0, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2},
     units={"model.head": {"matrices": [Slot("weight", (2, 3), 0)], "vectors": [Slot("bias", (2,), 0)]}},
     optimizer="torch.optim.adamw.AdamW",
     shards="0" * 64,
@@ -74,14 +74,49 @@ def test_other_values_may_not(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"train\.seed = 1, this run 2"):
         checkpoint._check_same(STATE, replace(STATE, run={"train": {**STATE.run["train"], "seed": 2}}), tmp_path)
     with pytest.raises(ConfigError, match=r"deepspeed\.gradient_clipping = 1\.0, this run 2\.0"):
-        checkpoint._check_same(STATE, replace(STATE, engine={"gradient_clipping": 2.0}), tmp_path)
-    with pytest.raises(ConfigError, match="zero_stage = 3, this run 1"):
-        checkpoint._check_same(STATE, replace(STATE, zero_stage=1), tmp_path)
+        checkpoint._check_same(STATE, replace(STATE, engine={**STATE.engine, "gradient_clipping": 2.0}), tmp_path)
     with pytest.raises(ConfigError, match=r"has optimizer = torch.optim.adamw.AdamW, this run apex.FusedAdam"):
         checkpoint._check_same(STATE, replace(STATE, optimizer="apex.FusedAdam"), tmp_path)
     moved = {"model.head": {"matrices": [Slot("weight", (3, 2), 0)], "vectors": [Slot("bias", (2,), 0)]}}
     with pytest.raises(ConfigError, match=r"has other parameters in model\.head"):
         checkpoint._check_same(STATE, replace(STATE, units=moved), tmp_path)
+
+
+ELSEWHERE = replace(STATE, world=4, sequence=1, engine={**STATE.engine, "gradient_accumulation_steps": 1})
+
+
+@pytest.mark.parametrize("key", ["max_micro_batch", "clips_per_step"])
+def test_how_a_step_is_dealt_may_change_but_not_its_clips(key: str) -> None:
+    old, new = (replace(s, run={**s.run, "data": {key: i}}) for i, s in enumerate((STATE, ELSEWHERE)))
+    if key == "clips_per_step":
+        with pytest.raises(ConfigError, match=r"has data\.clips_per_step = 0, this run 1"):
+            checkpoint._check_same(old, new, Path("run"))
+    else:
+        checkpoint._check_same(old, new, Path("run"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "free"),
+    [
+        ("train_batch_size", 4, "shape"),
+        ("data_types", {"grad_accum_dtype": "fp32"}, "shape"),
+        ("zero_optimization", {"stage": 2, "overlap_comm": True}, "partition"),
+        ("optimizer", {"params": {"fused": True}}, "partition"),
+        ("optimizer", {"params": {"lr": 1.0}}, "never"),
+        ("gradient_clipping", 2.0, "never"),
+        ("bf16", {"enabled": True}, "never"),
+    ],
+)
+def test_what_follows_from_the_ranks_is_free_only_with_them(key: str, value: object, free: str) -> None:
+    """`shape`: with other micro-batches too; `partition`: only where DeepSpeed's files are others."""
+    dealt = replace(STATE, sequence=1, engine=ELSEWHERE.engine)
+    for other, allowed in ((STATE, ()), (dealt, ("shape",)), (ELSEWHERE, ("shape", "partition"))):
+        changed = replace(other, engine={**other.engine, key: value})
+        if free in allowed:
+            checkpoint._check_same(STATE, changed, Path("run"))
+        else:
+            with pytest.raises(ConfigError, match=rf"step 5 has deepspeed\.{key}"):
+                checkpoint._check_same(STATE, changed, Path("run"))
 
 
 def test_generators_continue_where_they_were() -> None:
