@@ -19,7 +19,7 @@ from data_shards.files import Folder, parse_json
 from data_shards.manifest import check_seal
 from data_shards.moments import StreamMoments
 from data_shards.reader import ShardSet
-from data_shards.schema import SHARD_VERSION, SPLITS, ShardError
+from data_shards.schema import SHARD_VERSION, SPLITS, ShardError, shown
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}")
 ROUNDING = 1e-6  # of a channel's mean or deviation, whichever is larger; float64 sums differ by far less
@@ -163,6 +163,9 @@ def _compare(stream: str, stored: Any, computed: Any) -> Difference:
         ours, theirs = ({key: _numbers(side[key]) for key in ("mean", "std")} for side in (stored, computed))
     except (KeyError, TypeError, ValueError):
         return Difference(stream, "expected numbers under mean and std", nan, nan, True)
+    if stored.get("slots") != computed.get("slots"):
+        where = f"slots {shown(stored.get('slots'))}: expected {computed.get('slots')}"
+        return Difference(stream, where, nan, nan, True)
     for key in ours:
         if ours[key].shape != theirs[key].shape:
             where = f"{key} of shape {list(ours[key].shape)}: expected {list(theirs[key].shape)}"

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import struct
+import zlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from xxhash import xxh3_64_intdigest
 
 from data_shards.columns import size_of
 from data_shards.files import Folder, Range, parse_json
 from data_shards.index import TAR_BLOCK, Place, rounded_up, sums_forms
-from data_shards.layout import Part, checksums
 from data_shards.manifest import sums_name_of
+from data_shards.plan import Plan
 from data_shards.rooms import Rooms
 from data_shards.schema import (
     RECORD_VERSION,
-    REPEATED,
     TENSOR_FIELDS,
     TIME_FIELDS,
     ClipSample,
@@ -32,21 +30,16 @@ from data_shards.schema import (
 )
 
 
-class Piece(NamedTuple):
-    """Room for the first `frames` of the checksummed frames of a tensor, from byte `start` of the clip's room on."""
+def read_whole(
+    source: Folder, place: Place, tags: Mapping[str, str], rooms: Rooms, plan: Plan, judged: bool
+) -> ClipSample:
+    """The clip at `place`: the tar's own headers and filling, the header of the safetensors member, every frame.
 
-    part: Part
-    frames: int
-    start: int
-    size: int
-
-
-def read_whole(source: Folder, place: Place, tags: Mapping[str, str], rooms: Rooms) -> ClipSample:
-    """The clip at `place`: the tar's own headers and filling, the header of the safetensors member, every frame."""
+    `judged`: the values of bytes with these checksums have been looked at before, and need not be again.
+    """
     row, layout = read_row(source, place), place.layout
     head = bytearray(2 * TAR_BLOCK + rounded_up(place.record_bytes, TAR_BLOCK) + len(layout.header))
-    pieces = [Piece(part, part.frames, part.offset, part.size) for part in layout.parts]
-    room = rooms.take(layout.data)
+    room = rooms.take(plan.size)
     rest = bytearray(-layout.size % TAR_BLOCK)
     data = place.start + len(head)
     ranges = [
@@ -64,35 +57,30 @@ def read_whole(source: Folder, place: Place, tags: Mapping[str, str], rooms: Roo
     payload_header = head[-TAR_BLOCK - len(layout.header) : -len(layout.header)]
     _check_member(f"{place.key}.json", place.record_bytes, head[:TAR_BLOCK], filling, origin)
     _check_member(f"{place.key}.safetensors", layout.size, payload_header, rest, origin)
-    if head[-len(layout.header) :] != layout.header:
+    if not head.endswith(layout.header):
         raise at(origin, f"{place.key}.safetensors", "another header", "that of its layout (damaged data)")
-    return _sample(room, pieces, row, place, meta, origin)
+    return _sample(room, plan, row, place, meta, origin, judged)
 
 
 def read_prefix(
-    source: Folder, place: Place, tags: Mapping[str, str], rooms: Rooms, frames: int, beyond: int
+    source: Folder, place: Place, tags: Mapping[str, str], rooms: Rooms, plan: Plan, judged: bool
 ) -> ClipSample:
-    """The first `frames` latent frames, of the audio `beyond` more: only their bytes are read, and the JSON member."""
+    """The first latent frames, as `plan` has them: only their bytes are read, and the JSON member. See
+    `read_whole`."""
     row, layout = read_row(source, place), place.layout
     record = bytearray(place.record_bytes)
-    pieces, size = [], 0
-    for part in layout.parts:
-        count = part.frames if part.name not in TIME_FIELDS else frames + beyond if part.name == "audio" else frames
-        # Larger numbers come first as a rule, so that there is nothing to fill up.
-        start = rounded_up(size, part.item)
-        pieces.append(Piece(part, count, start, count * part.stride))
-        size = start + count * part.stride
     # The tensors' own memory, once for all of them: nothing is copied on the way.
-    room = rooms.take(size)
+    room = rooms.take(plan.size)
     view = room.numpy().data
     data = place.start + 2 * TAR_BLOCK + rounded_up(place.record_bytes, TAR_BLOCK) + len(layout.header)
     ranges: list[Range] = [(place.start + TAR_BLOCK, memoryview(record))]
-    ranges += [(data + piece.part.offset, view[piece.start : piece.start + piece.size]) for piece in pieces]
+    ranges += [(data + piece.part.offset, view[piece.start : piece.start + piece.size]) for piece in plan.pieces]
     counts = source.fill(place.tar, ranges)
     origin = _origin(source, place)
-    _check_read(counts, [("json", len(record)), *((piece.part.name, piece.size) for piece in pieces)], origin, place)
+    wanted = [("json", len(record)), *((piece.part.name, piece.size) for piece in plan.pieces)]
+    _check_read(counts, wanted, origin, place)
     meta = _check_record(bytes(record), row, place, origin, tags)
-    return _sample(room, pieces, row, place, meta, origin)
+    return _sample(room, plan, row, place, meta, origin, judged)
 
 
 def read_row(source: Folder, place: Place) -> tuple[int, ...]:
@@ -147,52 +135,35 @@ def _check_record(
 
 
 def _sample(
-    room: Tensor, pieces: list[Piece], row: tuple[int, ...], place: Place, meta: dict[str, Any], origin: str
+    room: Tensor, plan: Plan, row: tuple[int, ...], place: Place, meta: dict[str, Any], origin: str, judged: bool
 ) -> ClipSample:
     """The clip whose tensors are in `room`: every frame has the checksum of the row, every number is one."""
     data = room.numpy()
-    _check_frames(data.data, pieces, row, origin)
+    _check_frames(data.data, plan, row, origin)
     fields: dict[str, Any] = dict.fromkeys(TENSOR_FIELDS)
-    numbers = {dtype: room.view(getattr(torch, dtype)) for dtype in {piece.part.dtype for piece in pieces}}
-    for part, frames, start, _ in pieces:
-        shape = (frames, *part.shape[1:]) if part.name in TIME_FIELDS else part.shape
-        fields[part.name] = numbers[part.dtype].as_strided(shape, part.strides, start // part.item)
-    if not (_are_numbers(data, pieces) and _are_repeated(data.data, pieces)):
+    numbers = {dtype: room.view(getattr(torch, dtype)) for _, dtype in plan.numbers}
+    for piece in plan.pieces:
+        part = piece.part
+        fields[part.name] = numbers[part.dtype].as_strided(piece.shape, part.strides, piece.first)
+    # Repeated slots are compared bit by bit, which equal numbers need not be.
+    if not judged and not (
+        all(are_numbers(data[span], dtype) for span, dtype in plan.numbers)
+        and all(data[some].tobytes() == data[others].tobytes() for some, others in plan.repeated)
+    ):
         check_values({name: value for name, value in fields.items() if value is not None}, origin)
     return ClipSample(key=place.key, identity=place.identity, meta=meta, **fields)
 
 
-def _check_frames(view: memoryview, pieces: list[Piece], row: tuple[int, ...], origin: str) -> None:
-    for part, frames, start, size in pieces:
-        expected = row[part.word : part.word + frames]
-        found = checksums(view[start : start + size], frames)
-        if found != list(expected):
-            frame = next(i for i in range(frames) if found[i] != expected[i])
-            where = f" of latent frame {frame}" if part.name in TIME_FIELDS else ""
+def _check_frames(view: memoryview, plan: Plan, row: tuple[int, ...], origin: str) -> None:
+    for piece in plan.pieces:
+        # Without a line of Python for each frame: small tensors have as many as large ones.
+        found = tuple(map(xxh3_64_intdigest, map(view.__getitem__, map(slice, piece.starts, piece.ends))))
+        expected = row[piece.words]
+        if found != expected:
+            name, frame = piece.part.name, next(i for i, word in enumerate(found) if word != expected[i])
+            where = f" of latent frame {frame}" if name in TIME_FIELDS else ""
             value = f"xxh3 {found[frame]:016x}{where}"
-            raise at(origin, part.name, value, f"{expected[frame]:016x} (damaged data)")
-
-
-def _are_numbers(data: NDArray[np.uint8], pieces: list[Piece]) -> bool:
-    """Looked at once for all tensors of a dtype that lie next to each other."""
-    first = 0
-    for number, piece in enumerate(pieces, 1):
-        end, following = piece.start + piece.size, pieces[number] if number < len(pieces) else None
-        if following is None or following.start != end or following.part.dtype != piece.part.dtype:
-            if not are_numbers(data[pieces[first].start : end], piece.part.dtype):
-                return False
-            first = number
-    return True
-
-
-def _are_repeated(view: memoryview, pieces: list[Piece]) -> bool:
-    """Whether the slots that latent frame 0 repeats are equal, bit by bit (which equal numbers need not be)."""
-    for part, _, start, _ in pieces:
-        if part.name in REPEATED:
-            count, slot = REPEATED[part.name], part.strides[1] * part.item
-            if view[start : start + count * slot] != bytes(view[start : start + slot]) * count:
-                return False
-    return True
+            raise at(origin, name, value, f"{expected[frame]:016x} (damaged data)")
 
 
 def _check_member(name: str, size: int, header: bytearray, filling: bytearray, origin: str) -> None:
@@ -208,7 +179,7 @@ def _is_header_of(name: str, size: int, header: bytes) -> bool:
     stated, length, checksum, kind, magic, prefix = (
         header[start:end] for start, end in ((0, 100), (124, 136), (148, 156), (156, 157), (257, 262), (345, 500))
     )
-    total = sum(header) - sum(checksum) + 8 * ord(" ")
+    total = _sum(header) - sum(checksum) + 8 * ord(" ")
     return (
         stated.rstrip(b"\0") == name.encode("ascii")
         and _octal(length) == size
@@ -217,6 +188,12 @@ def _is_header_of(name: str, size: int, header: bytes) -> bool:
         and magic == b"ustar"
         and not prefix.strip(b"\0")
     )
+
+
+def _sum(header: bytes) -> int:
+    """The sum of 512 bytes. The lower half of an Adler-32 that starts at 0 is the sum of the bytes modulo 65521, which
+    256 bytes stay below."""
+    return sum(zlib.adler32(header[start : start + 256], 0) & 0xFFFF for start in (0, 256))
 
 
 def _octal(field: bytes) -> int:

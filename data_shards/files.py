@@ -25,6 +25,8 @@ MAX_JSON_BYTES = 2**25
 MAX_JSON_VALUES = 800_000
 
 _BLOCK = 2**20
+_READS_AT_ONCE = hasattr(os, "preadv")  # not on Windows
+_MOST_ROOMS = 64  # of one call; the system has a limit too
 ResultT = TypeVar("ResultT")
 Range = tuple[int, memoryview]  # offset in a file, and the room for what follows there
 
@@ -39,6 +41,8 @@ class Folder:
     Names must be checked before: they are joined to `root` as they are. Every method raises ShardError, which names the
     file, for one that is missing, unreadable or not a plain file. Safe to use from several threads.
     """
+
+    at_once = 1  # clips that are best read at a time: more where reading is waiting
 
     def __init__(self, root: Path, called: Path | None = None) -> None:
         """`called` is the folder that messages name, if it is another than `root`."""
@@ -77,12 +81,12 @@ class Folder:
             if size > most:
                 raise ShardError(f"{self.label(name)}: {size} bytes: expected at most {most}")
             room = bytearray(size)
-            return bytes(room[: _fill(file, 0, memoryview(room))])
+            return bytes(room[: _fill(file.fileno(), [(0, memoryview(room))])[0]])
 
     def fill(self, name: str, ranges: Sequence[Range]) -> list[int]:
         """Read from each offset until its room is full; how many bytes there were, fewer where the file ends."""
         with _opened(os.path.join(self._path, name), self.label(name)) as file:
-            return [_fill(file, offset, room) for offset, room in ranges]
+            return _fill(file.fileno(), ranges)
 
     def digest(self, name: str) -> str:
         """sha256 of the file."""
@@ -133,20 +137,51 @@ def _unreadable(label: str, error: Exception) -> ShardError:
     return ShardError(f"{label}: {reason}: expected a readable file of a shard set")
 
 
-def _fill(file: FileIO, offset: int, room: memoryview) -> int:
-    file.seek(offset)
-    count = 0
-    while count < len(room):
-        more = file.readinto(room[count:])
+def _fill(file: int, ranges: Sequence[Range]) -> list[int]:
+    """See `Folder.fill`; ranges that follow each other in the file are read at once."""
+    counts: list[int] = []
+    while len(counts) < len(ranges):
+        start, rooms, end = ranges[len(counts)][0], [], ranges[len(counts)][0]
+        for offset, room in ranges[len(counts) :]:
+            if offset != end:
+                break
+            rooms.append(room)
+            end += len(room)
+        count = _read(file, start, rooms)
+        for room in rooms:
+            counts.append(min(count, len(room)))
+            count -= counts[-1]
+    return counts
+
+
+def _read(file: int, offset: int, rooms: Sequence[memoryview]) -> int:
+    """Fill `rooms` one after the other from `offset` on; how many bytes there were."""
+    total, left = 0, [room for room in rooms if len(room)]  # reading nothing looks like the end of the file
+    while left:
+        more = _read_some(file, left, offset + total)
         if not more:
             break
-        count += more
-    return count
+        total += more
+        while left and more >= len(left[0]):
+            more -= len(left.pop(0))
+        if more:
+            left[0] = left[0][more:]
+    return total
+
+
+def _read_some(file: int, rooms: list[memoryview], offset: int) -> int:
+    if _READS_AT_ONCE:
+        return os.preadv(file, rooms[:_MOST_ROOMS], offset)
+    os.lseek(file, offset, os.SEEK_SET)
+    data = os.read(file, len(rooms[0]))
+    rooms[0][: len(data)] = data
+    return len(data)
 
 
 def parse_json(data: bytes, origin: str) -> dict[str, Any]:
     """The object that strict JSON holds: ASCII, finite numbers, no key twice, at most MAX_JSON_VALUES values."""
-    values = sum(data.count(sign) for sign in b",[{")
+    # Every value has a sign of its own, so that a short document needs no counting.
+    values = sum(data.count(sign) for sign in b",[{") if len(data) > MAX_JSON_VALUES else len(data)
     if len(data) > MAX_JSON_BYTES or values > MAX_JSON_VALUES:
         raise ShardError(
             f"{origin}: {len(data)} bytes with {values} values: "

@@ -123,6 +123,11 @@ def check_version(document: Mapping[str, Any], origin: str, version: int = SHARD
     raise ShardError(f"{origin}: shard_version: {shown(found)}: expected {version}{hint}")
 
 
+def lacks_flame(manifest: Mapping[str, Any]) -> bool:
+    """Whether the clips have FLAME of which the manifest, made before they were kept, has no statistics."""
+    return "flame" in manifest["extractors"] and "flame" not in manifest["statistics"]
+
+
 def sums_name_of(tar_name: str) -> str:
     """Name of the checksums beside a tar."""
     return f"{tar_name.removesuffix('.tar')}.sums.safetensors"

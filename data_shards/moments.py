@@ -18,7 +18,7 @@ class StreamMoments:
     """Accumulates the manifest's `statistics` over the clips that it is given.
 
     Video has two rows, frame 0 and the other frames, because frame 0 codes one pixel frame and the others four. The
-    repeated slots of frame 0 in structure and audio count once.
+    repeated slots of frame 0 in structure, audio and FLAME count once, slots without a valid FLAME not at all.
     """
 
     def __init__(self) -> None:
@@ -26,6 +26,7 @@ class StreamMoments:
         self._others = _Moments()
         self._struct = _Moments()
         self._audio = _Moments()
+        self._flame = FlameMoments()
 
     def add(self, sample: ClipSample) -> None:
         """Include one clip that keeps the contract (`validate`)."""
@@ -34,20 +35,50 @@ class StreamMoments:
         self._others.add(by_channel[1:])
         self._struct.add(unrepeated(sample.struct, STRUCT_TOKENS - 1))
         self._audio.add(unrepeated(sample.audio, AUDIO_FRAMES - 2))
+        self._flame.add(sample)
 
     def statistics(self, origin: str) -> dict[str, Any]:
-        """{"video": {"mean": [[C],[C]], "std": ...}, "struct": {"mean": [Cs], "std": ...}, "audio": ...}.
+        """{"video": {"mean": [[C],[C]], "std": ...}, "struct": {"mean": [Cs], "std": ...}, "audio": ...},
+        and "flame" where the clips have it.
 
         Population standard deviations, without a floor. Raises ShardError when no clip has a second latent frame.
         """
         if not self._others.count:
             raise ShardError(f"{origin}: frames: 1: expected clips of at least 2 latent frames, for the statistics")
-        rows = (self._first, self._others)
+        rows, flame = (self._first, self._others), self._flame.entry()
         return {
+            **({"flame": flame} if flame else {}),
             "video": {"mean": [row.mean.tolist() for row in rows], "std": [row.std.tolist() for row in rows]},
             "struct": {"mean": self._struct.mean.tolist(), "std": self._struct.std.tolist()},
             "audio": {"mean": self._audio.mean.tolist(), "std": self._audio.std.tolist()},
         }
+
+
+class FlameMoments:
+    """Of FLAME alone, which older sets have no statistics of."""
+
+    def __init__(self) -> None:
+        self._width = 0
+        self._moments = _Moments()
+
+    def add(self, sample: ClipSample) -> None:
+        """Include one clip, if it has FLAME."""
+        if sample.flame is None or sample.flame_valid is None:
+            return
+        self._width = sample.flame.shape[-1]
+        valid = sample.flame_valid.flatten()[STRUCT_TOKENS - 1 :]
+        self._moments.add(unrepeated(sample.flame, STRUCT_TOKENS - 1)[valid])
+
+    def entry(self) -> dict[str, Any] | None:
+        """{"mean": [Cf], "std": [Cf], "slots": how many they are of}; None for clips without FLAME.
+
+        Without a valid slot they are zeros and ones.
+        """
+        if not self._width:
+            return None
+        if not self._moments.count:
+            return {"mean": [0.0] * self._width, "std": [1.0] * self._width, "slots": 0}
+        return {"mean": self._moments.mean.tolist(), "std": self._moments.std.tolist(), "slots": self._moments.count}
 
 
 def unrepeated(track: Tensor, repeated: int) -> Tensor:

@@ -12,11 +12,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data_shards.clip import read_prefix, read_whole
 from data_shards.columns import header_of, size_of
 from data_shards.files import Folder
 from data_shards.index import INDEX_NAME, MAX_INDEX_BYTES, TAR_BLOCK, SetIndex, decode_index, rounded_up, sums_forms
+from data_shards.layout import Layout
 from data_shards.manifest import MANIFEST_NAME, check_seal, read_layouts, read_manifest, set_hash, sums_name_of
+from data_shards.plan import Plan, prefix_plan, whole_plan
 from data_shards.rooms import Rooms
 from data_shards.schema import SPLITS, ClipSample, ShardError, fail, tags_of
 
@@ -109,6 +113,10 @@ class ShardReader:
         self._clips = clips
         self._tags = tags_of(manifest["extractors"])
         self._rooms = Rooms()
+        # [N,2] latent frames of each clip, and of its audio, whose values were found right. Bytes are checked against
+        # the same checksums whenever they are read, so that the values of a clip are judged once.
+        self._judged = np.zeros((len(clips), 2), np.uint32)
+        self._plans: dict[tuple[int, int, int], Plan] = {}
 
     def __len__(self) -> int:
         return len(self._clips)
@@ -149,15 +157,25 @@ class ShardReader:
         if frames is not None and not 1 <= frames <= most:
             origin = self.source.label(place.tar)
             raise fail(origin, place.key, "frames", frames, f"1 to {most}, the latent frames of the clip")
-        what, tags, rooms = (
-            f"sample {place.key!r}: {place.key}.json and {place.key}.safetensors:",
-            self._tags,
-            self._rooms,
-        )
         if frames is None or frames == most:
-            return self.source.checked(what, lambda source: read_whole(source, place, tags, rooms))
-        part, beyond = frames, min(beyond, most - frames)
-        return self.source.checked(what, lambda source: read_prefix(source, place, tags, rooms, part, beyond))
+            frames, beyond, read = most, 0, read_whole
+        else:
+            beyond, read = min(beyond, most - frames), read_prefix
+        plan, tags, rooms = self._plan(place.layout, frames, beyond), self._tags, self._rooms
+        judged, extent = self._judged[index], (frames, frames + beyond)
+        known = bool(judged[0] >= extent[0] and judged[1] >= extent[1])
+        what = f"sample {place.key!r}: {place.key}.json and {place.key}.safetensors:"
+        sample = self.source.checked(what, lambda source: read(source, place, tags, rooms, plan, known))
+        if not known:
+            self._judged[index] = np.maximum(judged, extent)
+        return sample
+
+    def _plan(self, layout: Layout, frames: int, beyond: int) -> Plan:
+        key = (id(layout), frames, beyond)  # layouts are there as long as the index is
+        if key not in self._plans:
+            whole = frames == layout.frames
+            self._plans[key] = whole_plan(layout) if whole else prefix_plan(layout, frames, beyond)
+        return self._plans[key]
 
 
 def _read_index(source: Folder, manifest: Mapping[str, Any]) -> SetIndex:

@@ -1,4 +1,4 @@
-"""A shard set of an older version -> a new set of this version.
+"""A shard set of an older version, or one without statistics of its FLAME -> a new set of this version.
 
 The tars stay byte for byte; all else is made anew. Every tar is checked against the old manifest while it is copied,
 every clip against the old checksums; and then the new set is read, whole, before a manifest says that it is one.
@@ -13,14 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from data_shards.files import PARTIAL, Folder, parse_json, publish, sync_folder
+from data_shards.index import INDEX_NAME
 from data_shards.layout import Layout, header_text, parse_layout
 from data_shards.manifest import (
     MANIFEST_NAME,
     check_version,
+    lacks_flame,
     old_index_name_of,
     read_manifest,
     sealed,
+    sums_name_of,
 )
+from data_shards.moments import FlameMoments
 from data_shards.old_index import OldClip, check_bytes, old_clips, tensors_of_1, tensors_of_2
 from data_shards.reader import ShardSet
 from data_shards.schema import SHARD_VERSION, SPLITS, ShardError, fail, shown, tags_of
@@ -28,7 +32,8 @@ from data_shards.shard import Written, publish_index, publish_shard, remove_own_
 
 
 def upgrade(root: Path, out: Path) -> dict[str, Any]:
-    """Write the set in `root`, of an older version, to the new or empty folder `out` as one of this version.
+    """Write the set in `root`, of an older version, to the new or empty folder `out` as one of this version; or a set
+    of this version that has FLAME and, made before they were kept, no statistics of it, as one that has them.
 
     Returns the new manifest. `root` is only read. `out` gets its manifest last; when something fails, what was written
     is removed, and what an upgrade that was killed has left there is removed at the start.
@@ -43,15 +48,11 @@ def upgrade(root: Path, out: Path) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     try:
         remove_own_files(out)
-        files: dict[str, dict[str, Any]] = {}
-        shards: dict[str, list[list[Written]]] = {split: [] for split in SPLITS}
-        for split in SPLITS:
-            for name in manifest["splits"][split]["shards"]:
-                clips, made = _upgrade_shard(source, out, name, manifest, version)
-                files.update(made)
-                shards[split].append(clips)
-        new, data = _new_manifest(source, manifest, shards, files, out)
-        _read_all(ShardSet(Folder(out, called=root), new))
+        new = _copied(source, manifest, out) if version == SHARD_VERSION else _remade(source, manifest, version, out)
+        flame = _read_all(ShardSet(Folder(out, called=root), new))
+        if flame:
+            new["statistics"] = {**new["statistics"], "flame": flame}
+        new, data = sealed(new, str(out / MANIFEST_NAME))
         publish(out / MANIFEST_NAME, data)
         sync_folder(out)
     except BaseException:
@@ -66,6 +67,8 @@ def upgrade(root: Path, out: Path) -> dict[str, Any]:
 def _version_of(source: Folder) -> int:
     label = source.label(MANIFEST_NAME)
     version = parse_json(source.document(MANIFEST_NAME), label).get("shard_version")
+    if type(version) is int and version == SHARD_VERSION and lacks_flame(read_manifest(source)):
+        return version
     if type(version) is not int or version not in _RULES:
         older = ", ".join(map(str, _RULES))
         raise ShardError(f"{label}: shard_version: {shown(version)}: expected an older one ({older}) to upgrade")
@@ -77,6 +80,27 @@ def _check_out(root: Path, out: Path) -> None:
         raise ShardError(f"{out / 'manifest.json'}: a shard set exists here: expected a new or empty folder")
     if out.resolve().is_relative_to(root.resolve()):
         raise ShardError(f"{out}: inside the shard set {root}: expected a folder outside it")
+
+
+def _copied(source: Folder, manifest: Mapping[str, Any], out: Path) -> dict[str, Any]:
+    """Copy the files of a set of this version, and no others; its manifest."""
+    tars = [name for split in SPLITS for name in manifest["splits"][split]["shards"]]
+    files = {name: manifest["files"][name] for name in (INDEX_NAME, *tars, *map(sums_name_of, tars))}
+    for name, entry in files.items():
+        _copy(source, name, out / name, entry)
+    return {**manifest, "files": files}
+
+
+def _remade(source: Folder, manifest: Mapping[str, Any], version: int, out: Path) -> dict[str, Any]:
+    """Copy the tars of an older set and make all else; the manifest, without its checksum."""
+    files: dict[str, dict[str, Any]] = {}
+    shards: dict[str, list[list[Written]]] = {split: [] for split in SPLITS}
+    for split in SPLITS:
+        for name in manifest["splits"][split]["shards"]:
+            clips, made = _upgrade_shard(source, out, name, manifest, version)
+            files.update(made)
+            shards[split].append(clips)
+    return _new_manifest(source, manifest, shards, files, out)
 
 
 def _upgrade_shard(
@@ -120,7 +144,7 @@ def _new_manifest(
     shards: Mapping[str, list[list[Written]]],
     files: Mapping[str, Any],
     out: Path,
-) -> tuple[dict[str, Any], bytes]:
+) -> dict[str, Any]:
     splits = {name: {**manifest["splits"][name]} for name in SPLITS}
     for name, split in splits.items():
         count = sum(map(len, shards[name]))
@@ -136,15 +160,20 @@ def _new_manifest(
                     raise fail(source.label(tar), clip.key, "identity", clip.identity, expected)
     layouts, made = publish_index(out, shards, {name: splits[name]["identities"] for name in SPLITS})
     new = {**manifest, "shard_version": SHARD_VERSION, "splits": splits, "layouts": layouts}
-    return sealed({**new, "files": {**files, **made}}, str(out / MANIFEST_NAME))
+    return {**new, "files": {**files, **made}}
 
 
-def _read_all(opened: ShardSet) -> None:
+def _read_all(opened: ShardSet) -> dict[str, Any] | None:
+    """Read every clip; the statistics of FLAME in the train split, if there is any."""
+    moments = FlameMoments()
     for name in SPLITS:
         reader = opened.split(name)
         for index in range(len(reader)):
-            reader.read(index)
+            clip = reader.read(index)
+            if name == SPLITS[0]:
+                moments.add(clip)
     opened.check_ends()
+    return moments.entry()
 
 
 def _old_index(source: Folder, name: str, manifest: Mapping[str, Any], version: int) -> dict[str, Any]:

@@ -198,7 +198,7 @@ def upgrade(
     old: Annotated[Path, typer.Argument(metavar="OLD", help="shard set of an earlier version")],
     new: Annotated[Path, typer.Argument(metavar="NEW", help="shard set to write; must not exist")],
 ) -> None:
-    """Write a set of an earlier version anew in the present one."""
+    """Write a set of an earlier version, or one without statistics of its FLAME, anew in the present one."""
     from data_shards.upgrade import upgrade as upgrade_set  # the only command that knows earlier versions
 
     edit.check_out(old, new)

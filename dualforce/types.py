@@ -30,7 +30,7 @@ class ClipBatch(NamedTuple):
     video: Tensor  # [B,F,C,H,W]
     struct: Tensor  # [B,F,Q,Cs]
     audio: Tensor  # [B,F,A+2c,Ca] windows with their context
-    flame: Tensor  # [B,F,Q,Cf]
+    flame: Tensor  # [B,F,Q,Cf]; of no meaning where flame_valid is False
     flame_valid: Tensor  # [B,F,Q] bool
     voiced: Tensor  # [B,F] bool: speech is heard in the frame
     reference: Tensor  # [B,C,H,W] latent of the reference image

@@ -214,7 +214,8 @@ def add(values: list[float], place: int, amount: float) -> None:
 def test_statistics_that_agree(root: Path, run: Run) -> None:
     code, out, _ = run("stats", root)
     assert code == 0
-    assert [line.split(": ")[:2] for line in out.splitlines()] == [[s, "agrees"] for s in ("audio", "struct", "video")]
+    streams = ("audio", "flame", "struct", "video")
+    assert [line.split(": ")[:2] for line in out.splitlines()] == [[stream, "agrees"] for stream in streams]
     rewrite_manifest(root, lambda m: add(m["statistics"]["video"]["mean"][1], 3, 1e-9))
     code, out, _ = run("stats", root)
     assert code == 0 and "video: agrees: largest difference" in out and "at mean [1, 3]" in out

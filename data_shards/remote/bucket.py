@@ -41,7 +41,9 @@ class Bucket:
             self._sizes.pop(self._path(name), None)
 
     @contextmanager
-    def get(self, name: str, start: int, stop: int | None, seconds: float, known: str = "") -> Iterator[Answer]:
+    def get(
+        self, name: str, start: int, stop: int | None, seconds: float, known: str = "", stalls: int = 0
+    ) -> Iterator[Answer]:
         """See `fetch.Transport`."""
         path = self._path(name)
         answers: list[Answer | BaseException] = []

@@ -1,7 +1,7 @@
 """Bytes of a file on a server: requests until they are there, or until it is clear that they will not be.
 
 A request may fail in passing (5xx, 429, a timeout, a stall, a short body) or for good (403, 404). After a passing
-fault comes the next request, after a wait that doubles and is partly random, so that many processes do not return all
+fault comes the next request, after a wait that grows and is partly random, so that many processes do not return all
 at once; what has arrived is kept, and only the rest is asked for. Bytes of two states of a file are never joined:
 where the server's mark of the content (ETag or date) differs, or where there is none, reading begins again. Neither a
 mark nor a length is proof of anything: `check` and the checksums of the index are.
@@ -21,6 +21,7 @@ from typing import NamedTuple, Protocol
 
 from data_shards.schema import ShardError
 
+GROWTH = 3.0
 PROGRESS = 2**18  # bytes; a request that brings as many is not a failure, however it ends
 
 
@@ -41,6 +42,10 @@ class PassingFault(Exception):
         self.after = after
 
 
+class Stalled(PassingFault):
+    """One request to which nothing more came in time."""
+
+
 class LastingFault(Exception):
     """One request that will not succeed later."""
 
@@ -59,10 +64,11 @@ class Transport(Protocol):
     """One way to a server."""
 
     def get(
-        self, name: str, start: int, stop: int | None, seconds: float, known: str = ""
+        self, name: str, start: int, stop: int | None, seconds: float, known: str = "", stalls: int = 0
     ) -> AbstractContextManager[Answer]:
         """Ask for bytes `start` to `stop` (None: the end) of a file. All of it, also the chunks, takes at most
-        `seconds`. With `known` the answer may be "unchanged". Raises PassingFault or LastingFault, also in a chunk."""
+        `seconds`; the more `stalls` there were before, the longer a silent server is waited for. With `known` the
+        answer may be "unchanged". Raises PassingFault or LastingFault, also in a chunk."""
 
     def shown(self, name: str) -> str:
         """URL of a file, without secrets."""
@@ -76,13 +82,21 @@ class FetchOptions:
     """When to give up. With these values a server may be away for some minutes; a run goes on when it is back."""
 
     attempts: int = 16  # requests one after the other that bring less than PROGRESS bytes
-    first_wait: float = 0.5  # seconds, doubled each time
+    # Seconds, GROWTH times as long each time: most faults are of one request alone, and a server that is away is soon
+    # left in peace.
+    first_wait: float = 0.02
     longest_wait: float = 30.0
     stall: float = 10.0  # seconds without a byte, and until the connection is there
+    least_stall: float = 0.25  # the same of a server that has usually been fast (over http)
     least_rate: float = 65536.0  # bytes a second that a request must bring at least, beside `stall`
     patience: float = 600.0  # seconds for all requests
     content_attempts: int = 4  # times that bytes are fetched which are not those of the index
     recheck: float = 300.0  # seconds after which the manifest is looked at again
+
+    def pause(self, failures: int) -> float:
+        """Seconds before the next request after so many failures one after the other, half of it random."""
+        pause = self.first_wait * GROWTH ** min(max(failures - 1, 0), 50)
+        return min(pause, self.longest_wait) * random.uniform(0.5, 1.0)
 
 
 class Wanted(NamedTuple):
@@ -126,13 +140,13 @@ class Fetcher:
 
         Raises RemoteError that names URL, `wanted.what` and the last fault; or the last ShardError of `check`.
         """
-        got, failures, wrongs, began = _Got(), 0, 0, time.monotonic()
+        got, failures, stalls, wrongs, began = _Got(), 0, 0, 0, time.monotonic()
         until = began + self.options.patience
         while True:
             wrong: ShardError | None = None
             before = len(got.data)
             try:
-                self._request(wanted, got, until)
+                self._request(wanted, got, until, stalls)
                 if check is not None:
                     check(bytes(got.data))
                 return bytes(got.data), got.mark
@@ -144,7 +158,7 @@ class Fetcher:
                 if wrongs >= self.options.content_attempts:
                     raise
             except PassingFault as fault:
-                reason, after = str(fault), fault.after
+                reason, after, stalls = str(fault), fault.after, stalls + isinstance(fault, Stalled)
                 self.transport.forget(wanted.name)
                 if not got.mark:
                     got.clear()
@@ -165,11 +179,11 @@ class Fetcher:
         except (PassingFault, LastingFault):
             return False
 
-    def _request(self, wanted: Wanted, got: _Got, until: float) -> None:
+    def _request(self, wanted: Wanted, got: _Got, until: float, stalls: int) -> None:
         rest = wanted.most - len(got.data)
         seconds = min(2 * self.options.stall + rest / self.options.least_rate, until - time.monotonic())
         start = wanted.start + len(got.data)
-        with self.transport.get(wanted.name, start, wanted.stop, max(seconds, 0.001)) as answer:
+        with self.transport.get(wanted.name, start, wanted.stop, max(seconds, 0.001), stalls=stalls) as answer:
             if wanted.stop is not None and answer.total is not None and answer.total != wanted.size:
                 got.clear()
                 raise PassingFault(f"a file of {answer.total} bytes: expected {wanted.size}, the manifest's")
@@ -195,10 +209,8 @@ class Fetcher:
             raise PassingFault(f"{len(got.data)} bytes: expected {enough} (short body)")
 
     def _pause(self, failures: int, after: float | None) -> float:
-        options = self.options
-        pause = min(options.first_wait * 2.0 ** max(failures - 1, 0), options.longest_wait)
-        pause *= random.uniform(0.5, 1.0)
-        return pause if after is None else max(pause, min(after, options.longest_wait))
+        pause = self.options.pause(failures)
+        return pause if after is None else max(pause, min(after, self.options.longest_wait))
 
     def _failed(self, wanted: Wanted, reason: str) -> RemoteError:
         what = f" {wanted.what}" if wanted.what else ""

@@ -38,6 +38,8 @@ class RemoteFolder(Folder):
     cache. Every method also raises RemoteError. Safe to use from several threads, after a fork, and to hand to another
     process."""
 
+    at_once = 8
+
     def __init__(self, source: RemoteSet) -> None:
         self.source = source
 
@@ -164,7 +166,7 @@ class _Clip(RemoteFolder):
         options, wrong, self._ask = self.source.options, None, True
         for attempt in range(options.content_attempts):
             if attempt:
-                time.sleep(min(options.first_wait * 2.0 ** (attempt - 1), options.longest_wait))
+                time.sleep(options.pause(attempt))
             self._parts.clear()
             try:
                 result = decode(self)

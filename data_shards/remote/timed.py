@@ -1,11 +1,43 @@
-"""Sockets that keep a deadline, whatever comes in and however slowly."""
+"""Sockets that keep a deadline, whatever comes in and however slowly; and how long a wait for them has been of use."""
 
 from __future__ import annotations
 
 import io
 import socket
 import time
+from collections import deque
 from typing import Any
+
+_KNOWN = 64  # requests that are remembered
+_ENOUGH = 8  # of them before anything follows
+_SHARE = 0.9  # of them needed no more than what counts: a few slow ones say little of the others
+_FIRST = 0.5  # seconds, which count for a server that nothing is known of
+_ROOM = 4.0  # times what counts
+_MORE = 2.0  # times as long after each stall
+
+
+class Patience:
+    """How long to wait for the next byte. A server whose requests all went on within milliseconds has lost one that
+    brings nothing for a quarter of a second, and asking again costs less than waiting. Whoever asks again waits longer,
+    in the end the longest time: a server that has become slow is learned about, not left.
+
+    Safe to use from several threads.
+    """
+
+    def __init__(self, most: float, least: float) -> None:
+        """Seconds that are waited at most, and at least: however fast a server is, either side may be busy."""
+        self._most, self._least = most, least
+        self._waits: deque[float] = deque(maxlen=_KNOWN)
+
+    def note(self, longest: float) -> None:
+        """The longest wait, in seconds, of a request that brought all of its bytes."""
+        self._waits.append(longest)
+
+    def seconds(self, stalls: int) -> float:
+        """For a request after so many for the same bytes that stalled."""
+        waits = sorted(self._waits.copy())
+        usual = waits[int(_SHARE * len(waits))] if len(waits) >= _ENOUGH else max([_FIRST, *waits])
+        return min(self._most, max(self._least, _ROOM * usual) * _MORE ** min(stalls, 8))
 
 
 class TimedSocket:
@@ -18,10 +50,11 @@ class TimedSocket:
     def __init__(self, connected: socket.socket) -> None:
         self._socket = connected
         self._stall = self._until = 0.0
+        self.longest = 0.0  # wait for bytes since the limits were set, in seconds
 
     def limit(self, stall: float, until: float) -> None:
         """Set both, for the next request."""
-        self._stall, self._until = stall, until
+        self._stall, self._until, self.longest = stall, until, 0.0
 
     def arm(self) -> None:
         """Before every wait."""
@@ -54,7 +87,9 @@ class _TimedFile(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int | None:
         self._timed.arm()
+        began = time.monotonic()
         count: int | None = self._inner.readinto(buffer)
+        self._timed.longest = max(self._timed.longest, time.monotonic() - began)
         return count
 
     def close(self) -> None:

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from data_shards.remote.address import WEB, Address, without_secrets
-from data_shards.remote.fetch import Answer, FetchOptions, LastingFault, PassingFault
-from data_shards.remote.timed import TimedSocket
+from data_shards.remote.fetch import Answer, FetchOptions, LastingFault, PassingFault, Stalled
+from data_shards.remote.timed import Patience, TimedSocket
 
 CHUNK = 2**20
 MAX_REDIRECTS = 5
@@ -44,6 +44,7 @@ class Web:
         self._user = address.user or _user_of_netrc(address.host)
         self._context = ssl.create_default_context() if address.scheme == "https" else None
         self._pool = _Pool()
+        self._patience = Patience(options.stall, options.least_stall)
 
     def shown(self, name: str) -> str:
         """URL of a file, without secrets."""
@@ -53,9 +54,11 @@ class Web:
         """Nothing is remembered."""
 
     @contextmanager
-    def get(self, name: str, start: int, stop: int | None, seconds: float, known: str = "") -> Iterator[Answer]:
+    def get(
+        self, name: str, start: int, stop: int | None, seconds: float, known: str = "", stalls: int = 0
+    ) -> Iterator[Answer]:
         """See `fetch.Transport`."""
-        until = time.monotonic() + seconds
+        limits = _Limits(self._patience.seconds(stalls), time.monotonic() + seconds)
         headers = {"Accept-Encoding": "identity", "User-Agent": "dualforce"}
         if start or stop is not None:
             headers["Range"] = f"bytes={start}-" + ("" if stop is None else str(stop - 1))
@@ -64,15 +67,17 @@ class Web:
         query = f"?{self._address.query}" if self._address.query else ""
         url = f"{self._address.scheme}://{self._address.host}{self._address.path}/{name}{query}"
         try:
-            exchange = self._follow(url, headers, until)
+            exchange = self._follow(url, headers, limits)
             try:
                 yield _answer(exchange, start, stop)
+                if exchange.response.isclosed():
+                    self._patience.note(exchange.timed.longest)
             finally:
                 self._give_back(exchange)
         except TimeoutError:
-            slow = time.monotonic() >= until
+            slow = time.monotonic() >= limits.until
             reason = f"too slow: expected the bytes in {seconds:.1f} s" if slow else "stalled: expected bytes"
-            raise PassingFault(reason) from None
+            raise Stalled(reason) from None
         except ssl.SSLCertVerificationError as error:
             raise LastingFault(f"certificate: {error.verify_message}: expected one that can be verified") from None
         except OSError as error:  # its text may hold more than its reason
@@ -80,12 +85,12 @@ class Web:
         except HTTPException as error:
             raise PassingFault(f"{type(error).__name__}: expected an answer of HTTP") from None
 
-    def _follow(self, url: str, headers: dict[str, str], until: float) -> _Exchange:
+    def _follow(self, url: str, headers: dict[str, str], limits: _Limits) -> _Exchange:
         first = urlsplit(url)
         for _ in range(MAX_REDIRECTS + 1):
             parts = urlsplit(url)
             own = (parts.scheme, parts.netloc) == (first.scheme, first.netloc)
-            exchange = self._exchange(parts, {**headers, **(self._authorization() if own else {})}, until)
+            exchange = self._exchange(parts, {**headers, **(self._authorization() if own else {})}, limits)
             if exchange.response.status not in _REDIRECTS:
                 return exchange
             target = exchange.response.headers.get("Location")
@@ -98,19 +103,19 @@ class Web:
             return {}
         return {"Authorization": "Basic " + base64.b64encode(self._user.encode()).decode()}
 
-    def _exchange(self, parts: SplitResult, headers: dict[str, str], until: float) -> _Exchange:
+    def _exchange(self, parts: SplitResult, headers: dict[str, str], limits: _Limits) -> _Exchange:
         place = (parts.scheme, parts.netloc)
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         kept = self._pool.take(place)
         if kept is not None:
             # The server may have closed a connection that was kept; only a new one says anything about the server.
             try:
-                return self._send(kept, place, target, headers, until)
+                return self._send(kept, place, target, headers, limits)
             except TimeoutError:
                 raise
             except (OSError, HTTPException):
                 pass
-        return self._send(self._connect(place, until), place, target, headers, until)
+        return self._send(self._connect(place, limits.until), place, target, headers, limits)
 
     def _connect(self, place: _Place, until: float) -> HTTPConnection:
         scheme, host = place
@@ -127,13 +132,13 @@ class Web:
         return connection
 
     def _send(
-        self, connection: HTTPConnection, place: _Place, target: str, headers: dict[str, str], until: float
+        self, connection: HTTPConnection, place: _Place, target: str, headers: dict[str, str], limits: _Limits
     ) -> _Exchange:
         timed: Any = connection.sock  # a TimedSocket
-        timed.limit(self._options.stall, until)
+        timed.limit(*limits)
         try:
             connection.request("GET", target, headers=headers)
-            return _Exchange(place, connection, connection.getresponse())
+            return _Exchange(place, connection, connection.getresponse(), timed)
         except BaseException:
             connection.close()
             raise
@@ -153,6 +158,14 @@ class _Exchange(NamedTuple):
     place: _Place
     connection: HTTPConnection
     response: HTTPResponse
+    timed: TimedSocket
+
+
+class _Limits(NamedTuple):
+    """Of one request: seconds that a single wait may take, and the time of the clock at which all of it ends."""
+
+    stall: float
+    until: float
 
 
 class _Pool:

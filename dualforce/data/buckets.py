@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data_shards.alike import check_extractors_alike
+from data_shards.manifest import MANIFEST_NAME
 from data_shards.reader import ShardReader, ShardSet
-from data_shards.schema import ShardError
+from data_shards.schema import ShardError, shown
 from dualforce.data.bucket_order import BucketSize, joint_hash
-from dualforce.data.statistics import pooled_statistics
+from dualforce.data.statistics import StreamStatistics, pooled_statistics
 from dualforce.types import AUDIO_FRAMES, STRUCT_TOKENS
 
 FREE = {"video": ("height", "width")}  # what may differ between the extractors of buckets
@@ -42,7 +43,13 @@ class Buckets:
         return found
 
     def statistics(self) -> dict[str, Any]:
-        """Mean and deviation per channel over the train splits of all sets together, of a manifest's form."""
+        """Mean and deviation per channel over the train splits of all sets together, of a manifest's form.
+
+        Raises ShardError that names the set for one whose FLAME has no statistics, or no number of slots.
+        """
+        for opened in self.sets:
+            origin, extractors = opened.source.label(MANIFEST_NAME), opened.manifest["extractors"]
+            StreamStatistics.from_manifest(opened.manifest, origin).check_flame(extractors, origin)
         return pooled_statistics([(opened.manifest["statistics"], _weights(opened)) for opened in self.sets])
 
     def geometry(self) -> dict[str, Any]:
@@ -84,9 +91,16 @@ def _weights(opened: ShardSet) -> Mapping[str, tuple[int, ...]]:
     manifest = opened.manifest
     clips, frames, video = manifest["splits"]["train"]["samples"], manifest["frames"], manifest["extractors"]["video"]
     pixels = video["height"] * video["width"]
-    return {
+    found = {
         "video": (clips * pixels, clips * (frames - 1) * pixels),
         "struct": (clips * (frames * STRUCT_TOKENS - 3),),
         "audio": (clips * (frames * AUDIO_FRAMES - 6),),
     }
+    if "flame" in manifest["extractors"]:
+        slots = manifest["statistics"]["flame"].get("slots")  # that are valid, which no other number says
+        if type(slots) is not int or not 0 <= slots <= found["struct"][0]:
+            field = f"{opened.source.label(MANIFEST_NAME)}: statistics.flame.slots"
+            raise ShardError(f"{field}: {shown(slots)}: expected a whole number, the valid slots of FLAME")
+        found["flame"] = (slots,)
+    return found
 

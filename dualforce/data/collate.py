@@ -31,9 +31,10 @@ def collate(
     """Batch of the first `frames` latent frames of each clip: normalised, fp32, on the CPU, `valid` all True.
 
     A crop is a prefix, because the video codec gives latent frame 0 a role of its own; the audio of the last windows
-    still looks `context` 50 Hz frames beyond it. FLAME is not normalised. A set without FLAME gives zeros that
+    still looks `context` 50 Hz frames beyond it. A set without FLAME gives zeros that
     `flame_valid` switches off, one without text the null prompt: one token of zeros, [B,1,text_dim].
-    Raises ShardError for a clip shorter than `frames` or a text width other than `text_dim`, ValueError for an empty or
+    Raises ShardError for a clip shorter than `frames`, a text width other than `text_dim`, or FLAME without statistics
+    of it; ValueError for an empty or
     uneven batch.
     """
     if not samples or len(samples) != len(refs):
@@ -42,7 +43,7 @@ def collate(
         _check_fits(sample, frames, text_dim)
     video = torch.stack([sample.video[:frames] for sample in samples])
     windows = torch.stack([audio_windows(sample.audio, frames, context) for sample in samples])
-    flame, flame_valid = _flame(samples, frames)
+    flame, flame_valid = _flame(samples, frames, statistics)
     return ClipBatch(
         video=statistics.normalise_video(video),
         struct=statistics.normalise_struct(torch.stack([sample.struct[:frames] for sample in samples])),
@@ -94,7 +95,7 @@ def _check_fits(sample: ClipSample, frames: int, text_dim: int) -> None:
         )
 
 
-def _flame(samples: Sequence[ClipSample], frames: int) -> tuple[Tensor, Tensor]:
+def _flame(samples: Sequence[ClipSample], frames: int, statistics: StreamStatistics) -> tuple[Tensor, Tensor]:
     given = [sample.flame for sample in samples if sample.flame is not None]
     valid = [sample.flame_valid for sample in samples if sample.flame_valid is not None]
     if not given:
@@ -105,7 +106,8 @@ def _flame(samples: Sequence[ClipSample], frames: int) -> tuple[Tensor, Tensor]:
         )
     if len(given) != len(samples) or len(valid) != len(samples):
         raise ShardError(f"flame: {len(given)} of {len(samples)} samples have it: expected all or none")
-    return torch.stack([x[:frames] for x in given]), torch.stack([x[:frames] for x in valid])
+    stacked = torch.stack([x[:frames] for x in given])
+    return statistics.normalise_flame(stacked), torch.stack([x[:frames] for x in valid])
 
 
 def _text(samples: Sequence[ClipSample], text_dim: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Normalisation of the streams by the statistics of a shard set's train split.
 
-Legend: F latent frames, C,H,W latent channels, height and width, Cs/Ca widths of structure and audio.
+Legend: F latent frames, C,H,W latent channels, height and width, Cs/Ca/Cf widths of structure, audio and FLAME.
 Video has two rows of statistics: frame 0 (one pixel frame) and the other frames (four each).
 """
 
@@ -17,6 +17,8 @@ from data_shards.schema import ShardError
 
 ABSOLUTE_FLOOR = 1e-3
 RELATIVE_FLOOR = 1e-2
+_STREAMS = ("video", "struct", "audio", "flame")
+_UPGRADE = " (a set made before they were kept gets them from: dualforce data upgrade OLD NEW)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,17 +31,23 @@ class StreamStatistics:
     struct_std: Tensor  # [Cs]
     audio_mean: Tensor  # [Ca]
     audio_std: Tensor  # [Ca]
+    flame_mean: Tensor | None = None  # [Cf]; of a set with FLAME
+    flame_std: Tensor | None = None  # [Cf]
 
     @classmethod
     def from_manifest(cls, manifest: Mapping[str, Any], origin: str = "manifest.json") -> StreamStatistics:
         """From a shard manifest, or from any JSON object that has a `statistics` section or is one (`to_dict`).
 
+        Those of FLAME may be absent, also where there is FLAME: only training needs them (`check_flame`).
         Raises ShardError naming `origin` and the key for an absent or wrong entry.
         """
         values = manifest.get("statistics", manifest)
+        streams = [stream for stream in _STREAMS if stream != "flame" or "flame" in values]
         read: dict[str, Tensor] = {}
         for field in fields(cls):
             stream, _, kind = field.name.partition("_")
+            if stream not in streams:
+                continue
             key = f"{origin}: statistics.{stream}.{kind}"
             try:
                 tensor = torch.tensor(values[stream][kind], dtype=torch.float32, device="cpu")
@@ -51,7 +59,7 @@ class StreamStatistics:
             if not torch.isfinite(tensor).all() or (kind == "std" and (tensor < 0).any()):
                 raise ShardError(f"{key}: {tensor.tolist()}: expected finite numbers, deviations of at least 0")
             read[field.name] = floored(tensor) if kind == "std" else tensor
-        for stream in ("video", "struct", "audio"):
+        for stream in streams:
             mean, std = read[f"{stream}_mean"], read[f"{stream}_std"]
             if mean.shape != std.shape:
                 raise ShardError(
@@ -64,7 +72,9 @@ class StreamStatistics:
         out: dict[str, Any] = {}
         for field in fields(self):
             stream, _, kind = field.name.partition("_")
-            out.setdefault(stream, {})[kind] = getattr(self, field.name).tolist()
+            value: Tensor | None = getattr(self, field.name)
+            if value is not None:
+                out.setdefault(stream, {})[kind] = value.tolist()
         return out
 
     def normalise_video(self, x: Tensor, first_frame: int = 0) -> Tensor:
@@ -93,6 +103,24 @@ class StreamStatistics:
         """[..,Ca] -> the same in fp32, normalised."""
         return (x.float() - self.audio_mean.to(x.device)) / self.audio_std.to(x.device)
 
+    def normalise_flame(self, x: Tensor) -> Tensor:
+        """[..,Cf] -> the same in fp32, normalised. Raises ShardError without statistics of FLAME."""
+        mean, std = self.flame_mean, self.flame_std
+        if mean is None or std is None:
+            raise ShardError(f"statistics.flame: absent: expected those of the clips' FLAME{_UPGRADE}")
+        return (x.float() - mean.to(x.device)) / std.to(x.device)
+
+    def check_flame(self, extractors: Mapping[str, Any], origin: str = "manifest.json") -> None:
+        """Raise ShardError naming `origin` unless there are statistics of FLAME, of its width, where `extractors` has
+        FLAME."""
+        if "flame" not in extractors:
+            return
+        width = extractors["flame"]["width"]
+        if self.flame_mean is None:
+            raise ShardError(f"{origin}: statistics.flame: absent: expected those of the clips' FLAME{_UPGRADE}")
+        if len(self.flame_mean) != width:
+            raise ShardError(f"{origin}: statistics.flame: {len(self.flame_mean)} channels: expected {width}")
+
     def _video_rows(self, x: Tensor, first_frame: int) -> tuple[Tensor, Tensor]:
         """Mean and deviation of every frame of `x`, each [F,C,1,1] on x's device."""
         if x.ndim < 4 or x.shape[-3] != self.video_mean.shape[1] or first_frame < 0:
@@ -112,13 +140,15 @@ def pooled_statistics(parts: Sequence[tuple[Mapping[str, Any], Mapping[str, Sequ
     if len(parts) == 1:
         return dict(parts[0][0])
     found: dict[str, Any] = {}
-    for stream in parts[0][0]:
+    for stream in parts[0][1]:
         counts = torch.tensor([weights[stream] for _, weights in parts], dtype=torch.float64, device="cpu")
         mean, std = (
             torch.tensor([values[stream][kind] for values, _ in parts], dtype=torch.float64, device="cpu")
             for kind in ("mean", "std")
         )  # [parts,(rows,)D]
-        share = (counts / counts.sum(0)).view(len(parts), *([-1] if mean.ndim == 3 else []), 1)
+        # FLAME that is nowhere valid has no values, and any mean will do.
+        share = counts / counts.sum(0) if counts.sum() else torch.full_like(counts, 1 / len(parts))
+        share = share.view(len(parts), *([-1] if mean.ndim == 3 else []), 1)
         pooled = (share * mean).sum(0)
         variance = (share * (std.square() + (mean - pooled).square())).sum(0)
         found[stream] = {"mean": pooled.tolist(), "std": variance.sqrt().tolist()}

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from data_shards.reader import ShardReader
 from data_shards.remote.fetch import RemoteError
 from data_shards.schema import ClipSample, ShardError
 from dualforce.config import ConfigError, DataConfig
+from dualforce.data.ahead import ReadAhead
 from dualforce.data.bucket_order import BucketOrder
 from dualforce.data.buckets import bucket_size
 from dualforce.data.collate import collate
@@ -95,6 +97,8 @@ class StepReader:
         self._order = BucketOrder(list(sizes), deal.seed)
         self._beyond = -(-deal.context // AUDIO_FRAMES)  # latent frames of sound that the last window looks into
         self._unreadable: dict[tuple[int, int], str] = {}  # bucket and index of a clip: reason
+        read = partial(_read_clip, self._readers, deal.data.lengths, self._beyond)
+        self._ahead = ReadAhead(read, max(reader.source.at_once for reader in readers))
 
     def bucket_of_step(self, step: int) -> int:
         """Which bucket a step is of."""
@@ -105,6 +109,7 @@ class StepReader:
         deal, met = self._deal, dict[tuple[int, int], Damaged]()
         own = self._order.clips_of_rank(step, deal.data.clips_per_step, deal.dp_rank, deal.dp_size)
         parts = [own[i : i + deal.micro_batch] for i in range(0, len(own), deal.micro_batch)]
+        self._ahead.expect([clip for ref in own if (clip := (ref.bucket, ref.index)) not in self._unreadable])
         try:
             return StepRead([self._batch(step, refs, met) for refs in parts], list(met.values()), None)
         except ShardError as error:
@@ -116,12 +121,12 @@ class StepReader:
         return collate(samples, refs, deal.statistics, frames, deal.context, deal.text_dim)
 
     def _read(self, step: int, ref: ClipRef, met: dict[tuple[int, int], Damaged]) -> ClipSample:
-        reader, frames = self._readers[ref.bucket], self._deal.data.lengths[ref.bucket]
+        reader = self._readers[ref.bucket]
         for choice in itertools.chain((ref,), self._order.replacements(ref)):
             clip = choice.bucket, choice.index
             if clip not in self._unreadable:
                 try:
-                    return reader.read(choice.index, frames, self._beyond)
+                    return self._ahead.take(clip)
                 except RemoteError:  # a server's fault is not the clip's, nor that of every rank
                     raise
                 except ShardError as error:
@@ -132,3 +137,10 @@ class StepReader:
             if len(self._unreadable) > self._deal.data.max_damaged:
                 raise ShardError(reason)
         raise ShardError(f"{reader.source}: all {len(reader)} clips of the split are damaged: expected some")
+
+
+def _read_clip(
+    readers: Sequence[ShardReader], lengths: Sequence[int], beyond: int, clip: tuple[int, int]
+) -> ClipSample:
+    bucket, index = clip
+    return readers[bucket].read(index, lengths[bucket], beyond)

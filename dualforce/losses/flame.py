@@ -30,7 +30,7 @@ class FlameHead(nn.Module):
         nn.init.xavier_uniform_(self.weight)
 
     def forward(self, clean: Tensor, denoised: Tensor, flame: Tensor, sigma: Tensor, valid: Tensor) -> FlameSums:
-        """clean and denoised [B,F,Q,Cs], flame [B,F,Q,Cf], sigma [B,F], valid [B,F,Q] bool.
+        """clean and denoised [B,F,Q,Cs], flame [B,F,Q,Cf] standardised, sigma [B,F], valid [B,F,Q] bool.
 
         `aligned` sums (1 - sigma)^2 times the error of the denoised motion over noisy valid slots; the projection takes
         no gradient from it, or it would learn to forgive errors. `fitted` sums the error on clean motion.

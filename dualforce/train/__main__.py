@@ -104,6 +104,25 @@ def statistics_of_run(out: Path, buckets: Buckets, allow_new: bool) -> dict[str,
     return found
 
 
+def _with_flame(found: dict[str, Any], run: RunConfig, out: Path, buckets: Buckets) -> dict[str, Any]:
+    """A resumed run's statistics with those of FLAME, which earlier runs have not: they took its values as stored.
+
+    Raises ConfigError where such a run's FLAME loss still has a weight: its projection knows other targets.
+    """
+    from dualforce.losses.total import flame_weight
+    from dualforce.train.checkpoint import read_state
+
+    if "flame" in found or "flame" not in buckets.extractors:
+        return found
+    step = read_state(out).step
+    if flame_weight(run.loss, step) > 0:
+        raise ConfigError(
+            f"{out / 'config.json'}: statistics.flame: absent: expected those that FLAME is standardised with (the run "
+            f"began with FLAME as stored, and loss.flame still counts at step {step}: begin a new one)"
+        )
+    return {**found, "flame": buckets.statistics()["flame"]}
+
+
 def open_shards(run: RunConfig) -> tuple[Buckets, RunConfig]:
     """The sets of `run`, and `run` as it may be told and written: URLs without user, password and query."""
     from data_shards.reader import ShardSet
@@ -124,8 +143,12 @@ def _prepare(run: RunConfig, out: Path, resume: bool) -> tuple[Job, int]:
 
     buckets, run = open_shards(run)
     model = model_config(run, [opened.manifest for opened in buckets.sets])
-    values = statistics_of_run(out, buckets, run.data.allow_new_shards) if resume else buckets.statistics()
+    if resume:
+        values = _with_flame(statistics_of_run(out, buckets, run.data.allow_new_shards), run, out, buckets)
+    else:
+        values = buckets.statistics()
     statistics = StreamStatistics.from_manifest(values)
+    statistics.check_flame(buckets.extractors, str(out / "config.json"))
     grid = launch.start(run.parallel.sequence, run.train.seed)
     job, start = prepare_job(run, model, buckets, statistics, grid, out, resume)
     if grid.rank == 0:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.fake_shards import write_fake_shards
-from helpers.shard_edits import locate
+from helpers.shard_edits import locate, rewrite_manifest
 
 from data_shards.edit import merge
 from data_shards.moments import StreamMoments
@@ -51,10 +51,12 @@ def test_what_follows_from_all_sets(opened: list[ShardSet]) -> None:
     assert len({found.hash, alone.hash, Buckets(opened[::-1], LENGTHS[::-1]).hash}) == 3
 
 
-def test_pooled_statistics_are_those_of_the_merged_set(tmp_path: Path) -> None:
+@pytest.mark.parametrize("flame", [False, True])
+def test_pooled_statistics_are_those_of_the_merged_set(tmp_path: Path, flame: bool) -> None:
     """Sets of one size can be merged, which takes the moments over all clips anew, in fp64 too."""
     roots = [
-        write_fake_shards(tmp_path / str(seed), clips=clips, frames=5, seed=seed) for seed, clips in ((0, 3), (9, 8))
+        write_fake_shards(tmp_path / str(seed), clips=clips, frames=5, seed=seed, flame=flame)
+        for seed, clips in ((0, 3), (9, 8))
     ]
     merge(tmp_path / "both", roots, prefix=True)
     pooled = Buckets([ShardSet.open(root) for root in roots], [5, 5]).statistics()
@@ -79,6 +81,31 @@ def test_pooled_statistics_of_clips_of_any_size_are_those_of_all_values(opened: 
     whole, pooled = moments.statistics("test"), Buckets(opened, LENGTHS).statistics()
     for stream, kind in itertools.product(whole, ("mean", "std")):
         torch.testing.assert_close(torch.tensor(pooled[stream][kind]), torch.tensor(whole[stream][kind]))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda s: s.pop("flame"), r"1/manifest.json: statistics.flame: absent: .*dualforce data upgrade OLD NEW"),
+        (lambda s: s["flame"].pop("slots"), r"1/manifest.json: statistics.flame.slots: None: expected a whole number"),
+        (lambda s: s["flame"].update(slots=10**6), r"1/manifest.json: statistics.flame.slots: 1000000: expected"),
+        (lambda s: s["flame"].update(mean=[0.0], std=[1.0]), r"1/manifest.json: statistics.flame: 1 channels: expect"),
+    ],
+    ids=["absent", "no-slots", "many-slots", "width"],
+)
+def test_flame_that_cannot_be_standardised_names_the_set(tmp_path: Path, change: Any, named: str) -> None:
+    roots = [write_fake_shards(tmp_path / str(seed), clips=3, frames=5, seed=seed, flame=True) for seed in (0, 1)]
+    rewrite_manifest(roots[1], lambda manifest: change(manifest["statistics"]))
+    with pytest.raises(ShardError, match=named) as error:
+        Buckets([ShardSet.open(root) for root in roots], [5, 5]).statistics()
+    assert "\n" not in str(error.value)
+
+
+def test_flame_that_is_nowhere_valid_is_pooled(tmp_path: Path) -> None:
+    parts = [({"flame": {"mean": [0.0], "std": [1.0]}}, {"flame": (count,)}) for count in (0, 0)]
+    assert pooled_statistics(parts) == {"flame": {"mean": [0.0], "std": [1.0]}}
+    some = ({"flame": {"mean": [3.0], "std": [2.0]}}, {"flame": (7,)})
+    assert pooled_statistics([*parts, some]) == {"flame": {"mean": [3.0], "std": [2.0]}}
 
 
 def test_large_latents_weigh_by_their_pixels(opened: list[ShardSet]) -> None:

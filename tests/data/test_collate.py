@@ -43,11 +43,18 @@ def test_fields(tmp_path: Path) -> None:
         assert torch.equal(batch.reference[row], statistics.normalise_reference(clip.reference))
         assert torch.equal(batch.audio[row], audio_windows(statistics.normalise_audio(clip.audio), 5, 2))
         assert torch.equal(batch.voiced[row], clip.voiced[:5])
-        assert torch.equal(batch.flame[row], clip.flame[:5])
+        assert torch.equal(batch.flame[row], statistics.normalise_flame(clip.flame)[:5])
+        assert not torch.equal(batch.flame[row], clip.flame[:5])
         assert torch.equal(batch.flame_valid[row], clip.flame_valid[:5])
         assert torch.equal(batch.text[row], clip.text.float())
     floats = [x for x in batch if isinstance(x, torch.Tensor) and x.is_floating_point()]
     assert len(floats) == 6 and all(x.dtype == torch.float32 for x in floats)
+
+
+def test_flame_without_statistics_is_refused(tmp_path: Path) -> None:
+    clips, statistics = clips_of(tmp_path, flame=True, text_dim=6)
+    with pytest.raises(ShardError, match=r"statistics\.flame: absent: .*dualforce data upgrade OLD NEW"):
+        collate(clips, REFS, replace(statistics, flame_mean=None, flame_std=None), frames=5, context=2, text_dim=6)
 
 
 def test_absent_streams_are_switched_off(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ import torch
 from helpers.fake_shards import write_fake_shards
 from helpers.launches import Launch, launch_all
 from helpers.remote_sets import open_remote, same
-from helpers.shard_server import random_faults, serving
 
 from data_shards.reader import ShardSet
 from data_shards.remote.fetch import FetchOptions, RemoteError
@@ -25,6 +24,7 @@ from dualforce.data.steps import Deal
 from dualforce.train.__main__ import _prepare, open_shards
 from dualforce.train.checkpoint import _check_same
 from dualforce.types import ClipBatch
+from tools.bench.fault_server import random_faults, serving
 
 BRIEF = FetchOptions(attempts=2, first_wait=0.01, content_attempts=2)
 RUN = Path(__file__).resolve().parents[2] / "ds_configs" / "runs" / "tiny.json"

@@ -102,3 +102,49 @@ def test_wrong_video_shape(statistics: StreamStatistics) -> None:
         statistics.normalise_video(torch.zeros(16, 5, 4, 4))
     with pytest.raises(ValueError, match="from frame -1"):
         statistics.normalise_video(torch.zeros(5, 16, 4, 4), first_frame=-1)
+
+
+@pytest.fixture(scope="module")
+def with_flame(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    return ShardSet.open(write_fake_shards(tmp_path_factory.mktemp("flame"), clips=6, frames=5, flame=True))
+
+
+def test_valid_flame_of_the_train_split_has_unit_variance(with_flame: ShardSet) -> None:
+    statistics, reader = StreamStatistics.from_manifest(with_flame.manifest), with_flame.split("train")
+    rows = []
+    for clip in map(reader.read, range(len(reader))):
+        assert clip.flame is not None and clip.flame_valid is not None
+        rows.append(statistics.normalise_flame(clip.flame).flatten(0, 1)[3:][clip.flame_valid.flatten()[3:]])
+    values = torch.cat(rows)
+    torch.testing.assert_close(values.mean(0), torch.zeros(56), atol=1e-4, rtol=0)
+    torch.testing.assert_close(values.std(0, correction=0), torch.ones(56), atol=1e-4, rtol=0)
+    assert values.dtype == torch.float32
+
+
+def test_flame_has_the_floor_of_other_streams(with_flame: ShardSet) -> None:
+    section = StreamStatistics.from_manifest(with_flame.manifest).to_dict()
+    assert section.keys() == {"video", "struct", "audio", "flame"}
+    section["flame"]["std"][2] = 0.0
+    read = StreamStatistics.from_manifest(section)
+    assert read.flame_std is not None and float(read.flame_std[2]) == pytest.approx(1e-3, abs=1e-4)
+    assert read.to_dict()["flame"]["mean"] == section["flame"]["mean"]
+
+
+def test_flame_without_statistics_is_read_but_not_trained_on(with_flame: ShardSet) -> None:
+    manifest = {**with_flame.manifest, "statistics": dict(with_flame.manifest["statistics"])}
+    StreamStatistics.from_manifest(manifest).check_flame(manifest["extractors"])
+    manifest["statistics"]["flame"] = {"mean": [0.0], "std": [1.0]}
+    with pytest.raises(ShardError, match=r"^here: statistics.flame: 1 channels: expected 56$"):
+        StreamStatistics.from_manifest(manifest).check_flame(manifest["extractors"], "here")
+    del manifest["statistics"]["flame"]
+    statistics = StreamStatistics.from_manifest(manifest)
+    assert statistics.flame_mean is None and "flame" not in statistics.to_dict()
+    with pytest.raises(ShardError, match=r"^here: statistics.flame: absent: .*dualforce data upgrade OLD NEW\)$"):
+        statistics.check_flame(manifest["extractors"], "here")
+    statistics.check_flame({"video": {}}, "here")
+
+
+@pytest.mark.parametrize("entry", [3, {"mean": [0.0]}, {"mean": [0.0], "std": [-1.0]}, {"mean": [0.0], "std": [1, 2]}])
+def test_wrong_statistics_of_flame_are_named(statistics: StreamStatistics, entry: Any) -> None:
+    with pytest.raises(ShardError, match=r"x.json: statistics.flame"):
+        StreamStatistics.from_manifest({**statistics.to_dict(), "flame": entry}, "x.json")

@@ -63,7 +63,7 @@ def test_opening_an_old_set_names_the_way_out(old: Path, version: int) -> None:
         ShardSet.open(old)
 
 
-@pytest.mark.parametrize("other", [3, 4, 0, -1, True, None, "1", 1.0])
+@pytest.mark.parametrize("other", [4, 0, -1, True, None, "1", 1.0])
 def test_other_versions_are_refused(old: Path, tmp_path: Path, other: Any) -> None:
     rewrite(old / "manifest.json", lambda m: m.update(shard_version=other))
     with pytest.raises(ShardError, match=r"shard_version: .*: expected an older one \(1, 2\) to upgrade"):

@@ -61,7 +61,7 @@ def fake_sample(
     audio[0, :7] = audio[0, :1]
     flame = flame_valid = text = None
     if "flame" in extractors:
-        flame = random(frames, 4, extractors["flame"]["width"])
+        flame = 0.1 * random(frames, 4, extractors["flame"]["width"]) + 0.5
         flame[0] = flame[0, :1]
         flame_valid = torch.rand(frames, 4, generator=generator) < 0.8
     if "text" in extractors:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from helpers.shard_server import ShardServer
 
 from data_shards.reader import ShardSet
 from data_shards.remote.fetch import FetchOptions
 from data_shards.remote.source import locate
 from data_shards.schema import ClipSample
+from tools.bench.fault_server import ShardServer
 
 QUICK = FetchOptions(attempts=16, first_wait=0.002, longest_wait=0.02, stall=0.25, patience=20.0, content_attempts=6)
 

@@ -195,8 +195,19 @@ def age(root: Path, version: int) -> Path:
         del manifest["files"][path.name]
     manifest["shard_version"] = version
     del manifest["layouts"], manifest["sha256"]
+    manifest["statistics"].pop("flame", None)
     document = encode_json(manifest, "", indent=1) if version == 1 else sealed(manifest, "")[1]
     (root / "manifest.json").write_bytes(document)
+    return root
+
+
+def without_flame_statistics(root: Path) -> Path:
+    """Turn a set into one of this version from before statistics of FLAME were kept."""
+
+    def forget(manifest: dict[str, Any]) -> None:
+        del manifest["statistics"]["flame"]
+
+    rewrite_manifest(root, forget)
     return root
 
 

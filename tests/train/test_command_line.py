@@ -6,15 +6,16 @@ import copy
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from helpers.fake_shards import write_fake_shards
 
 from data_shards.reader import ShardSet
-from dualforce.config import ConfigError
+from dualforce.config import ConfigError, LossConfig
 from dualforce.data.buckets import Buckets
-from dualforce.train.__main__ import _check_out, statistics_of_run
+from dualforce.train.__main__ import _check_out, _with_flame, statistics_of_run
 
 
 def test_a_file_is_no_run_folder(tmp_path: Path) -> None:
@@ -59,3 +60,27 @@ def test_other_extractors_are_refused_always(tmp_path: Path, stream: str) -> Non
     other = Buckets([ShardSet(shards.source, manifest)], [2])
     with pytest.raises(ConfigError, match=r"extractors differ from those of data\.shards"):
         statistics_of_run(tmp_path, other, True)
+
+
+def test_a_run_that_took_flame_as_stored_goes_on_once_its_loss_has_ended(tmp_path: Path) -> None:
+    shards = ShardSet.open(write_fake_shards(tmp_path / "shards", clips=2, flame=True))
+    write_run(tmp_path, shards, shards=shards.hash)
+    now, earlier = dict(shards.manifest["statistics"]), dict(shards.manifest["statistics"])
+    del earlier["flame"]
+
+    def resumed(**loss: Any) -> dict[str, Any]:
+        return _with_flame(earlier, SimpleNamespace(loss=LossConfig(**loss)), tmp_path, Buckets([shards], [2]))  # type: ignore[arg-type]
+
+    assert resumed(flame=0.0) == resumed(flame=0.1, flame_steps=5) == now
+    with pytest.raises(ConfigError, match=r"config.json: statistics.flame: absent: .* step 5: begin a new") as error:
+        resumed(flame=0.1, flame_steps=6)
+    assert "\n" not in str(error.value)
+    kept = {**earlier, "flame": {"mean": [1.0], "std": [2.0]}}
+    assert _with_flame(kept, SimpleNamespace(loss=LossConfig()), tmp_path, shards) == kept  # type: ignore[arg-type]
+
+
+def test_a_run_without_flame_has_no_statistics_of_it(tmp_path: Path) -> None:
+    shards = ShardSet.open(write_fake_shards(tmp_path / "shards", clips=2))
+    found = shards.manifest["statistics"]
+    run: Any = SimpleNamespace(loss=LossConfig())
+    assert _with_flame(found, run, tmp_path, Buckets([shards], [2])) is found

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 from helpers.fake_shards import write_fake_shards
 from helpers.remote_sets import open_remote, same
-from helpers.shard_server import serving
 
 from data_shards.reader import ShardSet
 from data_shards.remote.cache import DiskCache
 from data_shards.remote.fetch import RemoteError
 from data_shards.remote.source import locate
 from data_shards.schema import ShardError
+from tools.bench.fault_server import serving
 
 FORK = multiprocessing.get_context("fork")  # the modules are imported already
 

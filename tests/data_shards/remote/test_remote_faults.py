@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from helpers.fake_shards import write_fake_shards
 from helpers.remote_sets import QUICK, open_remote, same
-from helpers.shard_server import PASSING, ShardServer, random_faults, serving
 
 from data_shards.reader import ShardSet
 from data_shards.remote.address import Address, parse_address
 from data_shards.remote.fetch import Fetcher, FetchOptions, RemoteError, Wanted
 from data_shards.remote.web import Web
 from data_shards.schema import ShardError
+from tools.bench.fault_server import PASSING, ShardServer, random_faults, serving
 
 FRAMES = 5
 
@@ -127,7 +127,7 @@ def test_a_fault_that_does_not_end_is_one_line_in_bounded_time(root: Path, tmp_p
 @pytest.mark.parametrize("kind", ["403", "401", "404", "gzip"])
 def test_a_lasting_fault_is_told_of_at_once(root: Path, tmp_path: Path, kind: str) -> None:
     with serving(root) as server:
-        reader = open_remote(server, tmp_path, FetchOptions()).split("train")
+        reader = open_remote(server, tmp_path, FetchOptions(least_stall=10.0)).split("train")
         server.fault = lambda name, number: kind
         asked, began = len(server.requests), time.monotonic()
         with pytest.raises(RemoteError, match=r"sample 'train-0005'.*(status 40\d|Content-Encoding 'gzip'): expected"):
@@ -202,7 +202,7 @@ def test_retry_after_is_heeded(root: Path, tmp_path: Path, monkeypatch: pytest.M
         return 0.0
 
     monkeypatch.setattr(Fetcher, "_pause", recorded)
-    monkeypatch.setattr("helpers.shard_server._Handler._plain", _busy)
+    monkeypatch.setattr("tools.bench.fault_server._Handler._plain", _busy)
     with serving(root) as server:
         reader = open_remote(server, tmp_path, FetchOptions(longest_wait=5.0)).split("train")
         asked = len(server.requests)

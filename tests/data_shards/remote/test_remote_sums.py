@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from helpers.fake_shards import write_fake_shards
 from helpers.remote_sets import open_remote, same
-from helpers.shard_server import serving
 
 from data_shards.reader import ShardReader, ShardSet
 from data_shards.remote.folder import RemoteFolder
 from data_shards.remote.source import RemoteSet
 from data_shards.schema import ShardError
+from tools.bench.fault_server import serving
 
 SUMS = "sums.safetensors"
 

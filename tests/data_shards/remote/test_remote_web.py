@@ -17,13 +17,13 @@ from pathlib import Path
 import pytest
 from helpers.fake_shards import write_fake_shards
 from helpers.remote_sets import QUICK, open_remote, same
-from helpers.shard_server import ShardServer, random_faults, serving
 
 from data_shards.reader import ShardSet
 from data_shards.remote.fetch import FetchOptions, RemoteError
 from data_shards.remote.source import locate
 from data_shards.remote.web import _redirected, _seconds
 from data_shards.schema import ShardError
+from tools.bench.fault_server import ShardServer, random_faults, serving
 
 SECRETS = ("hunter2", "s3cret", base64.b64encode(b"me:hunter2").decode())
 
@@ -143,7 +143,7 @@ def test_connections_are_kept_and_one_that_the_server_closed_is_no_fault(root: P
 def test_other_forms_of_an_answer(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str, kind: str | None
 ) -> None:
-    monkeypatch.setattr("helpers.shard_server._Handler.protocol_version", version)
+    monkeypatch.setattr("tools.bench.fault_server._Handler.protocol_version", version)
     local = ShardSet.open(root).split("train")
     with serving(root, lambda name, number: kind) as server:
         reader = open_remote(server, tmp_path, FetchOptions(attempts=1)).split("train")

@@ -51,6 +51,7 @@ class ShardServer(ThreadingHTTPServer):
         self.hits: dict[str, int] = {}  # faults by kind
         self.marks = True  # whether answers have an ETag
         self.redirect = ""  # where "redirect" leads
+        self.latency = 0.0  # seconds before every answer
         self.stopping = threading.Event()
         self.lock = threading.Lock()
 
@@ -109,6 +110,8 @@ class _Handler(BaseHTTPRequestHandler):
             server.targets.append(self.path)
             number = len(server.requests)
         kind = server.fault(name, number)
+        if server.latency:
+            server.stopping.wait(server.latency)
         if kind:
             with server.lock:
                 server.hits[kind] = server.hits.get(kind, 0) + 1
