@@ -39,7 +39,7 @@ def write_driving_inputs(shards: Path, videos: Path, folder: Path, landmarker: P
         raise InputError(f"{video}: no sound, though a clip was made of it; expected the file that was there before")
     image, audio = folder / "image.png", folder / "audio.wav"
     image.write_bytes(png(crop(span.frames[0], sample, opened.manifest["pixel_size"])))
-    write_wav(audio, span.sound.wave)
+    write_wav(audio, span.sound.wave[:])
     options = ["--image", str(image), "--audio", str(audio)]
     if opened.manifest["extractors"]["motion"]["tag"] == motion_landmarker.TAG:
         return [*options, *(["--face-landmarker", str(landmarker)] if landmarker else [])]

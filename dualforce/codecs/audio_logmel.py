@@ -7,12 +7,13 @@ frame k at 25 frames a second and the look-ahead past a pixel frame is 5 ms.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from dualforce.codecs.protocols import Samples, Wave
 from dualforce.types import AUDIO_HZ, SAMPLE_RATE
 
 TAG = "logmel-80-25ms-v1"
@@ -20,6 +21,7 @@ WIDTH = 80
 HOP = SAMPLE_RATE // AUDIO_HZ  # 320 samples, 20 ms
 WINDOW = 400  # samples, 25 ms
 FFT = 512
+BLOCK = 2**12  # frames computed together, 82 s of sound: 30 MB
 FLOOR = 1e-10  # -100 dB under a full-scale tone, the least that 16-bit sound can carry; digital silence lies here
 
 
@@ -34,7 +36,7 @@ class LogMelAudio:
         self._window = torch.hann_window(WINDOW, periodic=False, dtype=torch.float64).float()
         self._bands = mel_bands(WIDTH, FFT, SAMPLE_RATE).float()
 
-    def encode(self, wave: NDArray[np.float32]) -> Tensor:
+    def encode(self, wave: Wave) -> Tensor:
         """Features [ceil(N / 320), 80] fp32, base-10 logarithms from -10 up, of a wave [N] float32 in [-1, 1].
 
         640 samples, the sound of one pixel frame, give two frames; the last window reaches past the end of the wave
@@ -42,11 +44,20 @@ class LogMelAudio:
         """
         if wave.ndim != 1 or not len(wave):
             raise ValueError(f"wave of shape {wave.shape}: expected [N] with N > 0")
+        return torch.cat(list(self.stream(wave)))
+
+    def stream(self, wave: Samples) -> Iterator[Tensor]:
+        """What `encode` gives, BLOCK frames at a time. Raises ValueError for non-finite sound."""
+        frames = -(-len(wave) // HOP)
+        for first in range(0, frames, BLOCK):
+            count = min(BLOCK, frames - first)
+            yield self._rows(wave[first * HOP : (first + count - 1) * HOP + WINDOW], count)
+
+    def _rows(self, wave: Wave, frames: int) -> Tensor:
         samples = torch.from_numpy(np.ascontiguousarray(wave, dtype=np.float32))
         if not bool(torch.isfinite(samples).all()):
             raise ValueError("wave holds NaN or infinity: expected finite samples")
-        frames = -(-len(wave) // HOP)
-        padded = torch.nn.functional.pad(samples, (0, (frames - 1) * HOP + WINDOW - len(wave)))
+        padded = torch.nn.functional.pad(samples, (0, (frames - 1) * HOP + WINDOW - len(samples)))
         # An amplitude of 1 in one frequency gives power 1, whatever the window.
         spectrum = torch.fft.rfft(padded.unfold(0, WINDOW, HOP) * self._window, n=FFT) * (2 / self._window.sum())
         power = spectrum.real.square() + spectrum.imag.square()

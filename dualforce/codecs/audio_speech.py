@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dualforce.codecs.protocols import CodecError, Wave
+from dualforce.codecs.protocols import CodecError, Samples, Wave
 from dualforce.config import read_json
 from dualforce.types import AUDIO_HZ, SAMPLE_RATE
 
@@ -31,6 +31,7 @@ KINDS = ("hubert", "whisper")
 HOP, FIELD = SAMPLE_RATE // AUDIO_HZ, 400  # samples between frames, and those that HuBERT's convolutions see
 WINDOW, MARGIN = 30 * AUDIO_HZ, 3 * AUDIO_HZ  # frames of a window, and of its ends that a neighbour gives
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+BLOCK = 2**22  # samples whose mean and variance are taken at once: four minutes
 VERSION = "v1"
 
 
@@ -41,6 +42,13 @@ class Part(NamedTuple):
     stop: int
     first: int
     last: int
+
+
+class Scale(NamedTuple):
+    """Mean of a sound, and the deviation of its samples from it."""
+
+    mean: np.float64
+    deviation: np.float64
 
 
 class SpeechFeatures:
@@ -66,7 +74,6 @@ class SpeechFeatures:
         self.width = int(config["d_model" if kind == "whisper" else "hidden_size"])
         self.tag = f"{kind}-{self.width}-{digest[:12]}-{VERSION}"
 
-    @torch.inference_mode()
     def encode(self, wave: Wave) -> Tensor:
         """Features [ceil(N / 320), width] fp32 on the CPU of a 16 kHz wave [N] float32 in [-1, 1].
 
@@ -74,24 +81,26 @@ class SpeechFeatures:
         """
         if wave.ndim != 1 or not len(wave):
             raise ValueError(f"wave of shape {wave.shape}: expected [N] with N > 0")
-        if not np.isfinite(wave).all():
-            raise ValueError("wave holds NaN or infinity: expected finite samples")
-        run = self._hubert if self._kind == "hubert" else self._whisper
-        count = -(-len(wave) // HOP)
-        padded = np.pad(wave.astype(np.float32), (0, (count - 1) * HOP + FIELD - len(wave)))
-        if self._kind == "hubert" and self._prepare.do_normalize:
-            padded = _standard(wave, padded)
-        found = [run(padded, part)[part.first - part.start : part.last - part.start] for part in parts(count)]
-        return torch.cat(found).float().cpu()
+        return torch.cat(list(self.stream(wave)))
 
-    def _hubert(self, wave: Wave, part: Part) -> Tensor:
-        samples = wave[part.start * HOP : (part.stop - 1) * HOP + FIELD]
+    def stream(self, wave: Samples) -> Iterator[Tensor]:
+        """What `encode` gives, at most 30 s at a time. Raises ValueError for non-finite sound."""
+        scale = _scale(wave) if self._kind == "hubert" and self._prepare.do_normalize else None
+        for part in parts(-(-len(wave) // HOP)):
+            last = (part.stop - 1) * HOP + FIELD if self._kind == "hubert" else part.stop * HOP
+            samples = _cut(wave, part.start * HOP, last, scale)
+            yield self._run(samples)[part.first - part.start : part.last - part.start].float().cpu()
+
+    @torch.inference_mode()
+    def _run(self, samples: Wave) -> Tensor:
+        return self._hubert(samples) if self._kind == "hubert" else self._whisper(samples)
+
+    def _hubert(self, samples: Wave) -> Tensor:
         hidden: Tensor = self._model(torch.from_numpy(samples)[None].to(self._device)).last_hidden_state[0]
         return hidden
 
-    def _whisper(self, wave: Wave, part: Part) -> Tensor:
+    def _whisper(self, samples: Wave) -> Tensor:
         # Shorter sound is followed by silence up to 30 s: the positions of the encoder are those of a whole window.
-        samples = wave[part.start * HOP : part.stop * HOP]
         mel = self._prepare(samples, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features
         hidden: Tensor = self._model(mel.to(self._device)).last_hidden_state[0]
         return hidden
@@ -109,11 +118,22 @@ def parts(count: int) -> Iterator[Part]:
         first = last
 
 
-def _standard(wave: Wave, padded: Wave) -> Wave:
-    """Zero mean and unit variance over the sound itself, as the large models were trained; the padding stays silent."""
-    scaled = (padded - wave.mean(dtype=np.float64)) / np.sqrt(wave.var(dtype=np.float64) + 1e-7)
-    scaled[len(wave) :] = 0
-    return scaled.astype(np.float32)
+def _cut(wave: Samples, start: int, stop: int, scale: Scale | None) -> Wave:
+    """Samples [start, stop), scaled; silence after the end. Raises ValueError for non-finite ones."""
+    found = wave[start:stop].astype(np.float32)
+    if not np.isfinite(found).all():
+        raise ValueError("wave holds NaN or infinity: expected finite samples")
+    if scale is not None:
+        found = ((found - scale.mean) / scale.deviation).astype(np.float32)
+    return np.pad(found, (0, stop - start - len(found)))
+
+
+def _scale(wave: Samples) -> Scale:
+    """Zero mean and unit variance over the whole sound, as the large models were trained; the padding stays silent."""
+    blocks = range(0, len(wave), BLOCK)
+    mean = np.float64(sum(wave[at : at + BLOCK].sum(dtype=np.float64) for at in blocks)) / len(wave)
+    squares = np.float64(sum(np.square(wave[at : at + BLOCK] - mean).sum() for at in blocks))
+    return Scale(mean, np.sqrt(squares / len(wave) + 1e-7))
 
 
 def _load(folder: Path, kind: str) -> tuple[Any, Any]:

@@ -9,14 +9,13 @@ from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from typing import Generic, NamedTuple, TypeVar
 
-import numpy as np
-
-from dualforce.codecs.protocols import Wave
+from dualforce.codecs.protocols import Samples, Wave
 from dualforce.types import FPS, SAMPLE_RATE
 
 Item = TypeVar("Item")
 
 MAX_HOLD = 60  # seconds without a new picture after which the timestamps are taken to be broken
+MAX_SILENCE = 3600  # seconds without sound after which its timestamps are
 
 
 class ClockError(ValueError):
@@ -34,7 +33,7 @@ class Timed(NamedTuple, Generic[Item]):
 class PlacedSound(NamedTuple):
     """Sound [N] float32 from time zero; silence before `start` seconds and in `gap` seconds of holes further on."""
 
-    wave: Wave
+    wave: Samples
     start: float
     gap: float
 
@@ -75,18 +74,54 @@ def frames_before(time: Fraction) -> int:
     return max(0, -((-time * FPS) // 1))
 
 
-def place_sound(blocks: list[tuple[Fraction, Wave]], zero: Fraction | None) -> PlacedSound:
-    """Lay runs of 16 kHz samples, each with the file time of its first sample, on one track that begins at `zero`.
+class SoundPlacer:
+    """Lays runs of 16 kHz samples, each with the file time of its first sample, on one track that begins at `zero`.
 
     What lies before zero is cut off, holes are digital silence, as a player would give. None: zero is the first
-    sample.
+    sample. Samples come in order of decoding: `begin` starts a run, `place` says where its next samples belong.
     """
-    origin = blocks[0][0] if zero is None else zero
-    starts = [round((time - origin) * SAMPLE_RATE) for time, _ in blocks]
-    ends = [start + len(wave) for start, (_, wave) in zip(starts, blocks, strict=True)]
-    track = np.zeros(max(0, *ends), np.float32)
-    for start, end, (_, wave) in zip(starts, ends, blocks, strict=True):
-        if end > 0:
-            track[max(start, 0) : end] = wave[max(0, -start) :]
-    gap = sum(max(0, after - max(before, 0)) for before, after in zip(ends, starts[1:], strict=False))
-    return PlacedSound(track, max(0, starts[0]) / SAMPLE_RATE, gap / SAMPLE_RATE)
+
+    def __init__(self, zero: Fraction | None) -> None:
+        self._zero = zero
+        self._begun: Fraction | None = None  # time of a run of which no sample has come yet
+        self._next = 0  # place behind the run's last sample; may lie before zero
+        self._first = self._hole = 0
+        self.runs = 0  # that have a sample
+        self.samples = 0  # of the track, up to its last one
+
+    @property
+    def start(self) -> float:
+        """Seconds of silence before the first sample."""
+        return max(0, self._first) / SAMPLE_RATE
+
+    @property
+    def gap(self) -> float:
+        """Seconds of holes further on."""
+        return self._hole / SAMPLE_RATE
+
+    def begin(self, time: Fraction) -> None:
+        """What comes now is a run of its own, from file time `time` on."""
+        self._begun = time
+
+    def place(self, wave: Wave) -> tuple[int, Wave]:
+        """(place on the track, samples) of the run's next samples [N], without those before zero. Raises ClockError
+        when no sound comes for MAX_SILENCE seconds."""
+        if self._begun is not None:
+            self._start_run(self._begun)
+            self._begun = None
+        first, self._next = self._next, self._next + len(wave)
+        self.samples = max(self.samples, self._next)
+        return max(0, first), wave[max(0, -first) :]
+
+    def _start_run(self, time: Fraction) -> None:
+        if self._zero is None:
+            self._zero = time
+        first = round((time - self._zero) * SAMPLE_RATE)
+        hole = max(0, first - max(self._next, 0))
+        if hole > MAX_SILENCE * SAMPLE_RATE:
+            raise ClockError(f"broken timestamps: no sound for {hole / SAMPLE_RATE:.0f} s")
+        if self.runs:
+            self._hole += hole
+        else:
+            self._first = first
+        self._next, self.runs = first, self.runs + 1

@@ -3,7 +3,7 @@ features and motion of different tags are different things and never meet in one
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -12,6 +12,15 @@ from torch import Tensor
 
 Pixels = NDArray[np.uint8]
 Wave = NDArray[np.float32]
+
+
+class Samples(Protocol):
+    """16 kHz sound [N] float32 of which parts are asked for: an array, or one that lies on the disk."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> Wave: ...
+
 
 VIDEO_STRIDE = 8  # pixels along an edge of a latent, of every video codec
 
@@ -57,7 +66,11 @@ class AudioEncoder(Protocol):
     width: int
     hz: int
 
-    def encode(self, wave: Wave) -> Tensor: ...
+    def encode(self, wave: Wave) -> Tensor:
+        """All features at once: what `stream` gives, one after the other."""
+
+    def stream(self, wave: Samples) -> Iterator[Tensor]:
+        """The features in parts, in order. Of long sound a part is held at a time."""
 
 
 class TextEncoder(Protocol):

@@ -15,6 +15,8 @@ ORIGINS = {
     "liveportrait-": "LivePortrait motion extractor, motion_extractor.pth by KwaiVGI (MIT)",
     "deca-": "DECA, FLAME parameters (for non-commercial use, after registration)",
     "emoca-": "EMOCA, FLAME parameters (for non-commercial use, after registration)",
+    "silero-vad-": "Silero VAD, weights of the package silero-vad by the Silero Team (MIT)",
+    "pyscenedetect-": "PySceneDetect (BSD-3-Clause), no weights",
     "insightface-detector-": "face detector of insightface (published models: for non-commercial research only)",
 }
 

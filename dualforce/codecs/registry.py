@@ -98,6 +98,11 @@ def text_encoder_in(folder: Path, device: str | torch.device = "cpu") -> TextEnc
     return text_umt5.Umt5Text(folder, device)
 
 
+def text_encoder_named(folder: Path) -> tuple[str, int]:
+    """(tag, width) of the text encoder of a folder, which is not loaded; CodecError for another folder."""
+    return text_umt5.identify(folder)
+
+
 def motion_encoder(
     tag: str, face_landmarker: Path | None, motion_extractor: Path | None = None, device: str = "cpu"
 ) -> MotionEncoder:

@@ -40,16 +40,7 @@ class Umt5Text:
         Raises ConfigError for a JSON file that cannot be read, CodecError for another model, files that are missing,
         damaged or of two models, and without transformers (extra `speech`).
         """
-        model, tokenizer = folder, folder
-        if not (folder / CONFIG).is_file() and (folder / "text_encoder").is_dir():
-            model, tokenizer = folder / "text_encoder", folder / "tokenizer"
-        config = read_json(model / CONFIG)
-        if config.get("model_type") != KIND:
-            raise CodecError(f"{model / CONFIG}: model_type = {config.get('model_type')!r}: expected {KIND!r}")
-        if not (tokenizer / TOKENIZER).is_file():
-            raise CodecError(
-                f"{tokenizer}: no {TOKENIZER}: expected it there, or a folder with text_encoder and tokenizer"
-            )
+        model, tokenizer, config = _parts(folder)
         self._device = torch.device(device)
         dtype = dtype or (torch.bfloat16 if self._device.type == "cuda" else torch.float32)
         digest = _digest([*_weights(model), tokenizer / TOKENIZER])
@@ -70,6 +61,17 @@ class Umt5Text:
         return hidden.float().cpu()
 
 
+def identify(folder: Path) -> tuple[str, int]:
+    """(tag, width) of the encoder in a folder, from its files alone. Raises ConfigError and CodecError as `Umt5Text`
+    does for files that are missing or of another model; damaged weights are not found."""
+    model, tokenizer, config = _parts(folder)
+    width = config.get("d_model")
+    if type(width) is not int:
+        raise CodecError(f"{model / CONFIG}: d_model = {width!r}: expected a number")
+    digest = _digest([*_weights(model), tokenizer / TOKENIZER])
+    return f"{KIND}-{width}-{digest[:12]}-{VERSION}", width
+
+
 def clean(text: str) -> str:
     """HTML entities resolved, twice as Wan does, and every run of white space one blank, none at the ends."""
     return " ".join(html.unescape(html.unescape(text)).split())
@@ -78,6 +80,19 @@ def clean(text: str) -> str:
 def padded(embedding: Tensor) -> Tensor:
     """[n,Ct] -> [512,Ct], zeros beyond the text: the length that the model sees whatever the text."""
     return torch.nn.functional.pad(embedding, (0, 0, 0, TOKENS - len(embedding)))
+
+
+def _parts(folder: Path) -> tuple[Path, Path, dict[str, Any]]:
+    """Folders of the model and of its tokenizer, and the model's config."""
+    model, tokenizer = folder, folder
+    if not (folder / CONFIG).is_file() and (folder / "text_encoder").is_dir():
+        model, tokenizer = folder / "text_encoder", folder / "tokenizer"
+    config = read_json(model / CONFIG)
+    if config.get("model_type") != KIND:
+        raise CodecError(f"{model / CONFIG}: model_type = {config.get('model_type')!r}: expected {KIND!r}")
+    if not (tokenizer / TOKENIZER).is_file():
+        raise CodecError(f"{tokenizer}: no {TOKENIZER}: expected it there, or a folder with text_encoder and tokenizer")
+    return model, tokenizer, config
 
 
 def _weights(folder: Path) -> list[Path]:

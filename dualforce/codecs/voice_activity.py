@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dualforce.codecs.protocols import CodecError, Wave
+from dualforce.codecs.protocols import CodecError, Samples
 
 STEP = 512  # samples at 16 kHz for one probability: 32 ms
 CONTEXT = 64  # samples before them that the network sees too
@@ -29,14 +30,28 @@ BLOCK = 2048  # steps computed together
 _FILE = "silero_vad/data/silero_vad.jit"
 
 
+class Installed(NamedTuple):
+    """The tag of the installed package's network, its version and the SHA-256 of its weights."""
+
+    tag: str
+    version: str
+    weights: str
+
+
+def installed() -> Installed:
+    """What `VoiceActivity` would load. Raises CodecError when the package is absent."""
+    path, version = _weights_file()
+    weights = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Installed(f"silero-vad-16k-{version}-{weights[:8]}", version, weights)
+
+
 class VoiceActivity:
     """Silero VAD at 16 kHz. `tag` names network, package version and weights; `weights` is the file's SHA-256."""
 
     def __init__(self) -> None:
         """Read the weights of the installed package. Raises CodecError when it is absent or has another network."""
-        path, self.version = _weights_file()
-        self.weights = hashlib.sha256(path.read_bytes()).hexdigest()
-        self.tag = f"silero-vad-16k-{self.version}-{self.weights[:8]}"
+        path, _ = _weights_file()
+        self.tag, self.version, self.weights = installed()
         self._network = _Network()
         try:
             with warnings.catch_warnings():
@@ -49,15 +64,18 @@ class VoiceActivity:
             raise CodecError(f"{path}: silero-vad {self.version}: another network: {cause}") from error
         self._network.requires_grad_(False).eval()
 
-    def probabilities(self, wave: Wave) -> NDArray[np.float32]:
-        """Probability of speech [ceil(N / 512)] fp32 in each 32 ms of 16 kHz sound [N]; silence follows its end."""
+    def probabilities(self, wave: Samples) -> NDArray[np.float32]:
+        """Probability of speech [ceil(N / 512)] fp32 in each 32 ms of 16 kHz sound [N]; silence follows its end. BLOCK
+        steps of the sound are held at a time."""
         steps = math.ceil(len(wave) / STEP)
-        padded = torch.zeros(CONTEXT + steps * STEP)
-        padded[CONTEXT : CONTEXT + len(wave)] = torch.from_numpy(np.ascontiguousarray(wave, np.float32))
         found, state = [torch.zeros(0)], None
         for first in range(0, steps, BLOCK):
             count = min(BLOCK, steps - first)
-            part = padded[first * STEP : (first + count) * STEP + CONTEXT].unfold(0, CONTEXT + STEP, STEP)
+            padded = torch.zeros(CONTEXT + count * STEP)
+            before = CONTEXT if first else 0
+            heard = np.ascontiguousarray(wave[first * STEP - before : (first + count) * STEP], np.float32)
+            padded[CONTEXT - before : CONTEXT - before + len(heard)] = torch.from_numpy(heard)
+            part = padded.unfold(0, CONTEXT + STEP, STEP)
             values, state = self._network(part, state)
             found.append(values)
         return torch.cat(found).numpy()

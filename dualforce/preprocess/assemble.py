@@ -38,9 +38,11 @@ class Terms:
 
 @dataclass(frozen=True)
 class Making:
-    """How the set is made: table of extractors, facts for the manifest, terms, and when the build began (monotonic)."""
+    """How the set is made: table of extractors, all networks with a part in it, facts for the manifest, terms, and when
+    the build began (monotonic)."""
 
     extractors: dict[str, dict[str, Any]]
+    networks: list[dict[str, Any]]
     info: Mapping[str, Any]
     terms: Terms
     begun: float
@@ -56,7 +58,9 @@ def assemble(
     tally = Tally(tuple(making.extractors["motion"].get("names", ())))
     used = [entry for entry in results.entries if entry.result.samples]
     info = {**making.info, "videos_used": len(used)}
-    made = Made(results.entries, results.rejected, tally, making.extractors, info, None, making.begun, _now())
+    made = Made(
+        results.entries, results.rejected, tally, making.extractors, making.networks, info, None, making.begun, _now()
+    )
     if not used:
         write_report(out, replace(made, seconds=time.monotonic() - making.begun))
         raise BuildError(f"{src}: no video gave a sample: {_first(results.rejected)} (see {out / PAGE})")

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from data_shards.files import publish
 from dualforce.codecs.protocols import TextEncoder
 from dualforce.codecs.text_umt5 import clean, padded
 from dualforce.preprocess.features import Extracted
@@ -39,19 +43,55 @@ def read_captions(path: Path, sources: Iterable[str]) -> dict[str, str]:
 
 
 def embed_captions(
-    captions: Mapping[str, str], encoder: TextEncoder, folder: Path, track: Callable[[list[str]], Iterable[str]] = iter
+    captions: Mapping[str, str],
+    tag: str,
+    load: Callable[[], TextEncoder],
+    folder: Path,
+    around: str = "",
+    track: Callable[[list[str]], Iterable[str]] = iter,
 ) -> dict[str, Caption]:
-    """Captions by video, each different text embedded once, alone, into a file in `folder`. `track` passes the texts on
-    as they are done. Raises CaptionError for a text whose embedding is not finite in float16."""
+    """Captions by video, each different text embedded once, alone, into a file in `folder`, by the encoder `tag`.
+
+    A text that an earlier build embedded there is taken from its file, whose name is a hash of the text, the tag and
+    `around`, which stands for all else that embeddings depend on. `load` is called where there is one without.
+    `track` passes these on as they are done. Raises CaptionError for a text whose embedding is not finite in float16,
+    and where the encoder has another tag.
+    """
     cleaned = {source: clean(text) for source, text in captions.items()}
-    names = {text: hashlib.sha256(text.encode()).hexdigest()[:32] for text in cleaned.values()}
-    files = {text: folder / f"text-{name}.safetensors" for text, name in names.items()}
-    for text in track(sorted(files)):
-        embedding = encoder.encode(text).half()
-        if not bool(torch.isfinite(embedding).all()):
-            raise CaptionError(f"--captions: {text[:60]!r}: {encoder.tag} gave NaN or infinity: expected finite values")
-        files[text].write_bytes(save({"text": embedding}))  # raises OSError on a full disk, which save_file does not
-    return {source: Caption(text, encoder.tag, files[text]) for source, text in cleaned.items()}
+    files = {text: folder / _file_of(text, tag, around) for text in cleaned.values()}
+    missing = [text for text in sorted(files) if not _is_whole(files[text])]
+    if missing:
+        encoder = load()
+        if encoder.tag != tag:
+            raise CaptionError(f"--text-encoder: is {encoder.tag!r}: expected {tag!r}, as when the build began")
+        for text in track(missing):
+            _embed(text, encoder, files[text])
+    return {source: Caption(text, tag, files[text]) for source, text in cleaned.items()}
+
+
+def _embed(text: str, encoder: TextEncoder, path: Path) -> None:
+    embedding = encoder.encode(text).half()
+    if not bool(torch.isfinite(embedding).all()):
+        raise CaptionError(f"--captions: {text[:60]!r}: {encoder.tag} gave NaN or infinity: expected finite values")
+    publish(path, save({"text": embedding}, metadata={"crc32": _checksum(embedding)}))
+
+
+def _file_of(text: str, tag: str, around: str) -> str:
+    whole = json.dumps([text, tag, around]).encode()
+    return f"text-{hashlib.sha256(whole).hexdigest()[:32]}.safetensors"
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file is there and holds what was written to it."""
+    try:
+        with safe_open(path, "pt") as file:
+            return bool((file.metadata() or {}).get("crc32") == _checksum(file.get_tensor("text")))
+    except (OSError, SafetensorError):
+        return False
+
+
+def _checksum(embedding: Tensor) -> str:
+    return str(zlib.crc32(embedding.contiguous().numpy().tobytes()))
 
 
 def caption_embedding(caption: Caption) -> Extracted:

@@ -17,10 +17,10 @@ from typing import Any
 from data_shards.files import encode_json
 from data_shards.schema import RECORD_VERSION
 from dualforce import codecs, preprocess, types
-from dualforce.preprocess.process import Job
+from dualforce.preprocess.job import Job
 
 # Fields of a job that do not change what the stages compute. Every other field counts, also those yet to come.
-NAMES = frozenset(("video", "source", "key", "identity", "bytes", "scratch", "device"))
+NAMES = frozenset(("video", "source", "key", "identity", "bytes", "scratch"))
 LIBRARIES = (
     "av", "diffusers", "insightface", "mediapipe", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu",
     "opencv-contrib-python", "opencv-python",

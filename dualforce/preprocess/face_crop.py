@@ -7,6 +7,7 @@ interpolated. Each scene has a crop of its own, and so have the parts before and
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,11 +67,18 @@ def _plan_scene(track: FaceTrack, scene: Scene) -> tuple[Floats, list[tuple[int,
 
 
 def crop_frames(video: Path, crop: CropTrack, spans: list[range], size: int) -> Iterator[tuple[int, Pixels]]:
-    """Yield (k, crop [size,size,3] uint8) for the pixel frames k inside `spans`. Raises MediaError."""
-    wanted = set().union(*spans)
+    """Yield (k, crop [size,size,3] uint8) for the pixel frames k inside `spans`, which are in order and apart. Raises
+    MediaError."""
+    waiting = deque(spans)
     for index, picture in iter_frames(video):
-        if index in wanted:
-            yield index, square_crop(picture, crop.squares[index], size)
+        while waiting and index >= waiting[0].stop:
+            waiting.popleft()
+        if not waiting:
+            return
+        if index in waiting[0]:
+            found = square_crop(picture, crop.squares[index], size)
+            del picture  # of 8K, 100 MB beside the next one
+            yield index, found
 
 
 def _cuts(boxes: Floats) -> list[int]:

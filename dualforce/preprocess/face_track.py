@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -51,20 +50,19 @@ class FaceTrack:
 
 def track_faces(video: Path, finder: FaceFinder) -> FaceTrack:
     """Find the largest face in every fifth pixel frame and the last one, each picture by itself: nothing is carried
-    over a cut. The finder is closed. How far a head is turned is known where the finder is MediaPipe's landmarker.
+    over a cut. How far a head is turned is known where the finder is MediaPipe's landmarker.
     Raises MediaError, CodecError."""
     width = probe(video).width
     times: list[int] = []
-    boxes: list[NDArray[np.float64]] = []
+    boxes: list[list[float]] = []  # not small arrays: each would pin the heap where a picture was, and split its room
     rivals: list[bool] = []
     yaw: list[float] = []
-    with closing(finder):
-        for index, picture in iter_frames(video, max_side=TRACK_SIDE, step=TRACK_STEP, last=True):
-            faces = finder.faces(picture)
-            times.append(index)
-            boxes.append(faces[0].box * (width / picture.shape[1]) if faces else np.full(4, np.nan))
-            rivals.append(len(faces) > 1 and _side(faces[1]) >= RIVAL_SHARE * _side(faces[0]))
-            yaw.append(_yaw(faces[0]) if faces else np.nan)
+    for index, picture in iter_frames(video, max_side=TRACK_SIDE, step=TRACK_STEP, last=True):
+        faces = finder.faces(picture)
+        times.append(index)
+        boxes.append((faces[0].box * (width / picture.shape[1])).tolist() if faces else [np.nan] * 4)
+        rivals.append(len(faces) > 1 and _side(faces[1]) >= RIVAL_SHARE * _side(faces[0]))
+        yaw.append(_yaw(faces[0]) if faces else np.nan)
     found = Finder(finder.tag, version(finder.package), finder.weights)
     frames = times[-1] + 1
     return FaceTrack(found, frames, np.array(times), np.array(boxes), np.array(rivals), np.array(yaw))

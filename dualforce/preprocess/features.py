@@ -6,6 +6,9 @@ structure and audio.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -13,17 +16,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dualforce.codecs.disk_rows import DiskRows
 from dualforce.codecs.face_box import Pixels
-from dualforce.codecs.media_clock import Wave
 from dualforce.codecs.motion_landmarker import NoFaceError
 from dualforce.codecs.motion_sidecar import Motion
-from dualforce.codecs.protocols import AudioEncoder, FlameEncoder, MotionEncoder, VideoCodec
+from dualforce.codecs.protocols import AudioEncoder, FlameEncoder, MotionEncoder, Samples, VideoCodec
 from dualforce.preprocess.reasons import Reason, Rejected
 from dualforce.preprocess.windows import Window
 from dualforce.types import FPS, SAMPLES_PER_FRAME, FrameSpan, audio_frames_of, latent_frames, struct_pixels
 
 VOICED_SHARE = 0.1  # 20 dB below the loud parts of the video
 VOICED_LEAST = 1e-3  # -60 dB of full scale
+BLOCK = 2**11  # pixel frames whose loudness is taken together: 82 s
 
 
 class Extracted(NamedTuple):
@@ -80,31 +84,57 @@ def sidecar_motion(motion: Motion, window: Window) -> Extracted:
     return Extracted(motion.tag, _struct(_finite(rows, motion.tag)))
 
 
-def audio_track(encoder: AudioEncoder, wave: Wave) -> Extracted:
-    """Features [N,Ca] fp32 at 50 Hz of a video's whole sound: windows cut from it have their true surroundings."""
-    return Extracted(encoder.tag, _finite(encoder.encode(wave), encoder.tag))
+class AudioTrack(NamedTuple):
+    """Features [N,Ca] float16 at 50 Hz of a video's whole sound, on the disk, and the tag of their extractor."""
+
+    tag: str
+    rows: DiskRows
 
 
-def audio_window(track: Extracted, window: Window) -> Extracted:
+@contextmanager
+def audio_track(encoder: AudioEncoder, wave: Samples, folder: Path) -> Iterator[AudioTrack]:
+    """Features of a whole sound: windows cut from them have their true surroundings. They are kept in an unnamed file
+    in `folder`. Raises Rejected (E_NONFINITE), and OSError when the disk is full."""
+    with closing(DiskRows(folder, np.dtype(np.float16), (encoder.width,))) as rows:
+        for part in encoder.stream(wave):
+            rows.append(_finite(part, encoder.tag).half().numpy())
+        yield AudioTrack(encoder.tag, rows)
+
+
+def audio_window(track: AudioTrack, window: Window) -> Extracted:
     """Audio [F,8,Ca] float16 of the window, on the latent-frame clock."""
-    rows = track.data[2 * window.start : 2 * (window.start + window.length)]
+    rows = torch.from_numpy(track.rows[2 * window.start : 2 * (window.start + window.length)])
     span = FrameSpan(0, latent_frames(window.length))
-    return Extracted(track.tag, rows[audio_frames_of(span)].half())
+    return Extracted(track.tag, rows[audio_frames_of(span)])
 
 
-def voiced_frames(wave: Wave, window: Window) -> Tensor:
+class Loudness(NamedTuple):
+    """Mean square `power` [P] float64 of the sound of every pixel frame of a video, and the RMS `least` from which a
+    frame counts as heard."""
+
+    power: NDArray[np.float64]
+    least: float
+
+
+def loudness(wave: Samples) -> Loudness:
+    """Of a video's whole sound. A frame is heard from a tenth (-20 dB) of the loud parts on, the 95th percentile of the
+    RMS per pixel frame, and at least -60 dB of full scale."""
+    stop, step = len(wave) // SAMPLES_PER_FRAME * SAMPLES_PER_FRAME, BLOCK * SAMPLES_PER_FRAME
+    blocks = (wave[first : min(first + step, stop)] for first in range(0, stop, step))
+    parts = [np.square(block, dtype=np.float64).reshape(-1, SAMPLES_PER_FRAME).mean(axis=1) for block in blocks]
+    power = np.concatenate(parts)
+    return Loudness(power, max(VOICED_LEAST, VOICED_SHARE * float(np.percentile(np.sqrt(power), 95))))
+
+
+def voiced_frames(sound: Loudness, window: Window) -> Tensor:
     """[F] bool: something is heard in the latent frame.
 
-    The sound of latent frame j >= 1 is that of pixel frames 4j-3 .. 4j, of frame 0 that of pixel frame 0. It counts as
-    heard when its RMS is at least a tenth (-20 dB) of the video's loud parts, the 95th percentile of the RMS per pixel
-    frame, and at least -60 dB of full scale. This is loudness, not speech recognition: music counts too.
+    The sound of latent frame j >= 1 is that of pixel frames 4j-3 .. 4j, of frame 0 that of pixel frame 0. This is
+    loudness, not speech recognition: music counts too.
     """
-    whole = np.square(wave[: len(wave) // SAMPLES_PER_FRAME * SAMPLES_PER_FRAME], dtype=np.float64)
-    power = whole.reshape(-1, SAMPLES_PER_FRAME).mean(axis=1)
-    least = max(VOICED_LEAST, VOICED_SHARE * float(np.percentile(np.sqrt(power), 95)))
-    mine = torch.from_numpy(power[window.start : window.start + window.length])
+    mine = torch.from_numpy(sound.power[window.start : window.start + window.length])
     level = mine[struct_pixels(FrameSpan(0, latent_frames(window.length)))].mean(dim=1).sqrt()
-    return level >= least
+    return level >= sound.least
 
 
 def _struct(rows: Tensor) -> Tensor:

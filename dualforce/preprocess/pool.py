@@ -19,19 +19,25 @@ from dualforce.preprocess.errors import BuildError
 
 T = TypeVar("T")
 R = TypeVar("R")
-Work = Callable[[T, str], R]  # task and device to result; a function of a module, as it is called in other processes
+S = TypeVar("S")
+# Functions of a module, as they are called in other processes.
+Prepare = Callable[[str], S]  # device to what a worker keeps while it lives
+Work = Callable[[T, S], R]  # task and that to result
 
 
-def run_tasks(tasks: Sequence[T], work: Work[T, R], devices: Sequence[str]) -> Iterator[tuple[T, R | None]]:
+def run_tasks(
+    tasks: Sequence[T], work: Work[T, S, R], devices: Sequence[str], prepare: Prepare[S]
+) -> Iterator[tuple[T, R | None]]:
     """Yield every task with its result as it is done, in any order.
 
-    There is one worker process for each entry of `devices`. Whichever is free takes the next task, in the order given:
+    There is one worker process for each entry of `devices`; it calls `prepare` once and hands what that gives to `work`
+    with each of its tasks. Whichever is free takes the next task, in the order given:
     put the longest first, and no worker is left with a long one at the end. When a worker dies, another takes its place
     and its task is tried once more after all others, alone; a task whose worker dies again has the result None. What
     `work` raises is raised here. Raises BuildError when a worker dies before it can work.
     """
     waiting, failed = deque(tasks), list[T]()
-    crew = [_Worker(work, device) for device in devices[: len(tasks)]]
+    crew = [_Worker(work, prepare, device) for device in devices[: len(tasks)]]
     try:
         while waiting or any(worker.has_task for worker in crew):
             for worker in crew:
@@ -46,17 +52,17 @@ def run_tasks(tasks: Sequence[T], work: Work[T, R], devices: Sequence[str]) -> I
                 except _DiedError:
                     failed += worker.tasks
                     worker.stop()
-                    crew[place] = _Worker(work, worker.device)
+                    crew[place] = _Worker(work, prepare, worker.device)
     finally:
         for worker in crew:
             worker.stop()
     for task in failed:
-        yield task, _alone(task, work, devices[0])
+        yield task, _alone(task, work, prepare, devices[0])
 
 
-def _alone(task: T, work: Work[T, R], device: str) -> R | None:
+def _alone(task: T, work: Work[T, S, R], prepare: Prepare[S], device: str) -> R | None:
     """The result, with no other worker there that could take the memory; None when the process dies again."""
-    worker = _Worker(work, device)
+    worker = _Worker(work, prepare, device)
     try:
         list(worker.take())  # waits until it can work
         if worker.give(task):
@@ -76,13 +82,13 @@ class _DiedError(Exception):
 class _Worker(Generic[T, R]):
     """A process, and the task it has."""
 
-    def __init__(self, work: Work[T, R], device: str) -> None:
+    def __init__(self, work: Work[T, S, R], prepare: Prepare[S], device: str) -> None:
         context = _context(work.__module__)
         self.connection, theirs = context.Pipe()
         self.device = device
         self.tasks: list[T] = []  # the one it has, if any
         self._ready = False
-        self._process: Any = context.Process(target=_serve, args=(theirs, work, device), daemon=True)  # type: ignore[attr-defined]
+        self._process: Any = context.Process(target=_serve, args=(theirs, work, prepare, device), daemon=True)  # type: ignore[attr-defined]
         with one_thread_each():  # the workers share the cores among themselves
             self._process.start()
         theirs.close()
@@ -135,19 +141,20 @@ def _context(module: str) -> BaseContext:
     return context
 
 
-def _serve(connection: Connection, work: Work[T, R], device: str) -> None:
+def _serve(connection: Connection, work: Work[T, S, R], prepare: Prepare[S], device: str) -> None:
     """The life of a worker: messages are (result, None) or (None, error)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         _settle(device)
+        kept = prepare(device)
         connection.send((None, None))
         while True:
             try:
                 task = connection.recv()
             except EOFError:
                 return
-            connection.send((work(task, device), None))
+            connection.send((work(task, kept), None))
     except BrokenPipeError:
         return
     except Exception as error:

@@ -2,76 +2,34 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.torch import load_file, save
 
 from data_shards.schema import ClipSample
 from dualforce.codecs import motion_landmarker
 from dualforce.codecs.face_box import Boxes, Pixels, resize, square_boxes
-from dualforce.codecs.media import MediaError, MediaInfo, probe, read_sound
+from dualforce.codecs.media import MediaError, MediaInfo, probe, stored_sound
 from dualforce.codecs.media_clock import PlacedSound
 from dualforce.codecs.motion_sidecar import Sidecar, SidecarError, read_sidecar
 from dualforce.codecs.protocols import FlameEncoder, MotionEncoder, VideoCodec
-from dualforce.codecs.registry import audio_encoder_in, face_finder, flame_encoder, motion_encoder, video_codec_in
 from dualforce.preprocess import features, quality
-from dualforce.preprocess.captions import Caption, caption_embedding
+from dualforce.preprocess.captions import caption_embedding
 from dualforce.preprocess.errors import is_disk_full
 from dualforce.preprocess.face_crop import CropTrack, crop_frames, plan_crop
 from dualforce.preprocess.face_track import FaceTrack, track_faces, track_sidecar
+from dualforce.preprocess.job import Job, Outcome, Rejections, rejection
+from dualforce.preprocess.models import Models
 from dualforce.preprocess.quality import Limits
 from dualforce.preprocess.reasons import Reason, Rejected
+from dualforce.preprocess.sample_file import store_sample
 from dualforce.preprocess.scenes import Scene, Scenes, find_scenes
 from dualforce.preprocess.speech import SpeechTrack, find_speech
 from dualforce.preprocess.window_faces import boxes_in_crops, find_faces
 from dualforce.preprocess.windows import Window, check_window, plan_windows
-
-Rejections = list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Job:
-    """One video: where it is, what it is called in the shards, and how to treat it.
-
-    Either `sidecar` or `landmarker` is set: where motion comes from, and faces too unless there is a `face_detector`.
-    `motion_tag`, `flame_tag` and `face_tag` are those of the shard set: a model exchanged meanwhile is refused.
-    """
-
-    video: Path
-    source: str
-    key: str
-    identity: str
-    sha256: str
-    bytes: int
-    size: int
-    limits: Limits
-    sidecar: Path | None
-    landmarker: Path | None
-    scratch: Path
-    audio_encoder: Path | None = None  # folder of a pretrained one; None: features without weights
-    motion_extractor: Path | None = None  # LivePortrait's checkpoint; None: MediaPipe's motion
-    motion_tag: str = motion_landmarker.TAG
-    flame_encoder: Path | None = None  # DECA's or EMOCA's checkpoint; None: no FLAME
-    flame_tag: str | None = None
-    face_detector: Path | None = None  # insightface's, the model with `face_tag`
-    face_tag: str | None = None
-    video_codec: Path | None = None  # folder of a pretrained one; None: dct
-    caption: Caption | None = None  # None: a set without texts
-    device: str = "cpu"  # of the encoders
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a video: files of its samples (stems in the scratch folder) in order, and rejections."""
-
-    source: str
-    samples: tuple[Path, ...] = ()
-    rejected: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass
@@ -88,7 +46,9 @@ class _Clip:
     usable: list[Scene]
     track: FaceTrack
     crop: CropTrack
-    audio: features.Extracted
+    audio: features.AudioTrack
+    loudness: features.Loudness
+    checks: Mapping[int, dict[str, float]]  # of the scenes that passed, by their index
     motion: MotionEncoder | None  # None: the sidecar's
     flame: FlameEncoder | None
     codec: VideoCodec
@@ -98,13 +58,21 @@ class _Clip:
         self.rejected.append(rejection(self.job.source, error.reason, error.detail, window.index))
 
 
-def process_video(job: Job) -> Outcome:
+def process_video(job: Job, models: Models | None = None) -> Outcome:
     """Run all stages on one video and write its samples to the scratch folder. Raises nothing that the video can cause:
-    whatever is wrong with it is in `rejected`. Raises OSError when the disk is full."""
+    whatever is wrong with it is in `rejected`. Raises OSError when the disk is full.
+
+    `models` are those of the process, kept from video to video; None: they are loaded for this one. After a fault that
+    nobody foresaw they are forgotten, lest it was theirs.
+    """
+    if models is None:
+        with closing(Models()) as own:
+            return process_video(job, own)
     try:
-        clip = _prepare(job)
-        samples = tuple(_store(job, sample) for sample in _samples(clip))
-        rejected = tuple(clip.rejected)
+        with ExitStack() as files:
+            clip = _prepare(job, models, files)
+            samples = tuple(store_sample(job.scratch, sample) for sample in _samples(clip))
+            rejected = tuple(clip.rejected)
     except Rejected as error:
         samples, rejected = (), (rejection(job.source, error.reason, error.detail),)
     except MediaError as error:
@@ -114,6 +82,7 @@ def process_video(job: Job) -> Outcome:
     except Exception as error:
         # One odd file among thousands must not end the build, whatever a decoder or detector makes of it; the type and
         # text are kept, and a fault that hits every file still ends it, for want of samples.
+        models.close()
         if is_disk_full(error):
             raise
         detail = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -121,26 +90,14 @@ def process_video(job: Job) -> Outcome:
     return Outcome(job.source, samples, rejected)
 
 
-def rejection(source: str, reason: Reason, detail: str, window: int | None = None) -> dict[str, Any]:
-    """One entry of the manifest's list."""
-    entry: dict[str, Any] = {"source": source, "reason": str(reason), "detail": detail}
-    return entry if window is None else {**entry, "window": window}
-
-
-def load_sample(stem: Path) -> ClipSample:
-    """Read back what `process_video` wrote."""
-    tensors = load_file(stem.with_suffix(".safetensors"))
-    record = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
-    absent = {"flame": None, "flame_valid": None, "text": None}
-    return ClipSample(**{**absent, **tensors, **record})
-
-
-def _prepare(job: Job) -> _Clip:
-    """The stages that look at the whole video: sound, speech, scenes, face track, checks, crop, audio features."""
+def _prepare(job: Job, models: Models, files: ExitStack) -> _Clip:
+    """The stages that look at the whole video: sound, speech, scenes, face track, checks, crop, audio features. Sound
+    and features, which may be long, are on the disk until `files` is closed."""
     info = probe(job.video)
     sidecar = read_sidecar(job.sidecar) if job.sidecar is not None else None
     limits = job.limits.for_rendered() if sidecar else job.limits
-    sound = quality.check_sound(read_sound(job.video, info.zero), limits)
+    sound = files.enter_context(stored_sound(job.video, info.zero, job.scratch))
+    sound, level = quality.check_sound(sound, limits)
     scenes = find_scenes(job.video)
     longest = max(scenes.parts, key=lambda scene: scene.length)
     several = f" in the longest of {len(scenes.parts)} scenes" if len(scenes.parts) > 1 else ""
@@ -150,7 +107,7 @@ def _prepare(job: Job) -> _Clip:
     if sidecar is not None:
         track = track_sidecar(scenes.frames, sidecar)
     if sidecar is None or job.face_detector is not None:
-        track = track_faces(job.video, face_finder(job.face_detector, job.landmarker, job.device, job.face_tag))
+        track = track_faces(job.video, models.faces(job))
     usable = _passing(
         job, scenes, long, rejected,
         lambda scene: quality.check_faces(track.within(scene.start, scene.stop), job.size, limits),
@@ -161,15 +118,19 @@ def _prepare(job: Job) -> _Clip:
         info=info,
         sidecar=sidecar,
         sound=sound,
-        speech=find_speech(sound.wave),
+        speech=find_speech(sound.wave, models.speech()),
         scenes=scenes,
         usable=usable,
         track=track,
         crop=plan_crop(track, usable),
-        audio=features.audio_track(audio_encoder_in(job.audio_encoder, job.device), sound.wave),
-        motion=None if sidecar else motion_encoder(job.motion_tag, job.landmarker, job.motion_extractor, job.device),
-        flame=flame_encoder(job.flame_encoder, job.flame_tag, job.device) if job.flame_encoder else None,
-        codec=video_codec_in(job.video_codec, job.device),
+        audio=files.enter_context(features.audio_track(models.audio(job), sound.wave, job.scratch)),
+        loudness=features.loudness(sound.wave),
+        checks={
+            scene.index: quality.report(track.within(scene.start, scene.stop), sound, level) for scene in usable
+        },
+        motion=None if sidecar else models.motion(job),
+        flame=models.flame(job),
+        codec=models.video(job),
         rejected=rejected,
     )
 
@@ -248,7 +209,7 @@ def _sample(clip: _Clip, window: Window, crops: Pixels, measured: dict[str, floa
         reference=features.reference_latent(clip.codec, pixels).data,
         struct=motion.data,
         audio=features.audio_window(clip.audio, window).data,
-        voiced=features.voiced_frames(clip.sound.wave, window),
+        voiced=features.voiced_frames(clip.loudness, window),
         flame=None if flame is None else flame.data,
         flame_valid=None if flame is None else flame.valid,
         text=caption_embedding(job.caption).data if job.caption else None,
@@ -284,7 +245,6 @@ def _meta(
     """Where the sample comes from and how it was made; crop boxes (x0, y0, x1, y1) in source pixels per frame."""
     boxes = square_boxes(clip.crop.squares[window.start : window.start + window.length])
     info, scene = clip.info, clip.scenes.parts[window.scene]
-    seen = clip.track.within(scene.start, scene.stop)
     meta: dict[str, Any] = {
         "source": clip.job.source,
         "sha256": clip.job.sha256,
@@ -299,7 +259,7 @@ def _meta(
             "faces": clip.track.finder.entry(),
             "speech": clip.speech.finder.entry(),
         },
-        "checks": quality.report(seen, clip.sound) | measured,
+        "checks": clip.checks[scene.index] | measured,
     }
     if flame is not None:
         meta["tags"]["flame"] = flame.tag
@@ -320,13 +280,3 @@ def _not_judged(clip: _Clip, measured: Mapping[str, float]) -> list[str]:
     if clip.sidecar is not None and not clip.limits.judge_rendered:
         return list(quality.UNJUDGED)
     return [name for name in quality.UNJUDGED if name not in measured]
-
-
-def _store(job: Job, sample: ClipSample) -> Path:
-    """Write a sample to the scratch folder; returns the path without suffix."""
-    stem = job.scratch / sample.key
-    data = save({name: value.contiguous() for name, value in sample.tensors().items()})
-    stem.with_suffix(".safetensors").write_bytes(data)  # unlike safetensors' own writing, says OSError for a full disk
-    record = {"key": sample.key, "identity": sample.identity, "meta": sample.meta}
-    stem.with_suffix(".json").write_text(json.dumps(record), encoding="utf-8")
-    return stem

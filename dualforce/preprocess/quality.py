@@ -3,12 +3,13 @@ and what was expected; the figures of what passes go to the samples' metadata.""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dualforce.codecs.media_clock import PlacedSound, Wave
-from dualforce.codecs.protocols import Pixels
+from dualforce.codecs.media_clock import PlacedSound
+from dualforce.codecs.protocols import Pixels, Samples, Wave
 from dualforce.preprocess.face_track import FaceTrack
 from dualforce.preprocess.reasons import Reason, Rejected
 from dualforce.preprocess.scenes import Scene
@@ -17,6 +18,7 @@ from dualforce.preprocess.windows import LENGTH
 from dualforce.types import FPS, SAMPLE_RATE
 
 FULL_SCALE = 0.9  # sound from here on counts as cut off: a lossy codec wears flat tops down, or overshoots
+BLOCK = 2**20  # samples of a long sound that are looked at together: 66 s
 UNJUDGED = ("speech_share", "sharpness", "yaw_rate")  # what is not asked of rendered clips by default
 
 
@@ -46,14 +48,13 @@ class Limits:
         return self if self.judge_rendered else replace(self, speech_share=0.0, sharpness=0.0, yaw_rate=1.0)
 
 
-def check_sound(sound: PlacedSound | None, limits: Limits) -> PlacedSound:
-    """The sound, if there is any to be heard; raises Rejected (R_NOAUDIO, R_SILENT, E_NONFINITE)."""
+def check_sound(sound: PlacedSound | None, limits: Limits) -> tuple[PlacedSound, float]:
+    """The sound and its RMS, if there is any to be heard; raises Rejected (R_NOAUDIO, R_SILENT, E_NONFINITE)."""
     if sound is None or not len(sound.wave):
         raise Rejected(Reason.R_NOAUDIO, "no sound stream")
-    if not np.isfinite(sound.wave).all():
+    if not all(np.isfinite(block).all() for block in _blocks(sound.wave)):
         raise Rejected(Reason.E_NONFINITE, "the decoded sound holds NaN or infinity")
-    _check_loudness(sound.wave, limits.clip_rms)
-    return sound
+    return sound, _check_loudness(sound.wave, limits.clip_rms)
 
 
 def check_window_sound(wave: Wave, limits: Limits) -> dict[str, float]:
@@ -121,13 +122,13 @@ def check_sharpness(crops: Pixels, limits: Limits) -> dict[str, float]:
     return {"sharpness": round(found, 4)}
 
 
-def report(track: FaceTrack, sound: PlacedSound) -> dict[str, float]:
-    """The figures of a scene and of the video's sound, for the sample's metadata."""
+def report(track: FaceTrack, sound: PlacedSound, level: float) -> dict[str, float]:
+    """The figures of a scene and of the video's sound, whose RMS is `level`, for the sample's metadata."""
     return {
         "face_rate": round(_face_rate(track), 4),
         "face_pixels": round(face_side(track), 1),
         "rival_rate": round(float(track.rivals.mean()), 4),
-        "rms": round(rms(sound.wave), 5),
+        "rms": round(level, 5),
         "sound_minus_video_s": round(len(sound.wave) / SAMPLE_RATE - track.frames / FPS, 3),
         "sound_start_s": round(sound.start, 4),
         "sound_holes_s": round(sound.gap, 4),
@@ -140,12 +141,17 @@ def face_side(track: FaceTrack) -> float:
     return float(np.median((boxes[:, 2:] - boxes[:, :2]).max(axis=1)))
 
 
-def rms(wave: Wave) -> float:
+def rms(wave: Samples) -> float:
     """Root mean square; 0 for an empty wave."""
-    return float(np.sqrt(np.mean(np.square(wave, dtype=np.float64)))) if len(wave) else 0.0
+    squares = sum(float(np.square(block, dtype=np.float64).sum()) for block in _blocks(wave))
+    return float(np.sqrt(squares / len(wave))) if len(wave) else 0.0
 
 
-def _check_loudness(wave: Wave, least: float) -> float:
+def _blocks(wave: Samples) -> Iterator[Wave]:
+    return (wave[first : first + BLOCK] for first in range(0, len(wave), BLOCK))
+
+
+def _check_loudness(wave: Samples, least: float) -> float:
     """RMS of a wave; raises Rejected (R_SILENT) below `least`."""
     level = rms(wave)
     if level < least:

@@ -20,9 +20,8 @@ from typing import Any
 from data_shards.files import publish
 from data_shards.schema import ClipSample
 from dualforce import __version__
-from dualforce.codecs.provenance import origin_of
 from dualforce.preprocess.charts import HEIGHT, WIDTH, Histogram, histogram
-from dualforce.preprocess.process import Job
+from dualforce.preprocess.job import Job
 from dualforce.preprocess.reasons import part_of
 from dualforce.preprocess.work import Result
 
@@ -80,12 +79,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Made:
-    """All that a report tells. `manifest` is None when no video gave a sample; `seconds` is the time of this run."""
+    """All that a report tells; `networks` as networks.py lists them.
+
+    `manifest` is None when no video gave a sample; `seconds` is the time of this run."""
 
     entries: list[Entry]
     rejected: list[dict[str, Any]]
     tally: Tally
     extractors: Mapping[str, Mapping[str, Any]]
+    networks: list[dict[str, Any]]
     info: Mapping[str, Any]
     manifest: Mapping[str, Any] | None
     seconds: float
@@ -124,16 +126,11 @@ def _facts(made: Made) -> dict[str, Any]:
         "rejected": made.rejected,
         "licences": dict(sorted(made.tally.licences.items())),
         "extractors": made.extractors,
-        "origins": {tag: origin_of(tag) for tag in sorted(_tags(made))},
+        "networks": made.networks,
+        "origins": {entry["tag"]: entry["origin"] for entry in made.networks},
         "info": made.info,
         "histograms": [asdict(chart) for chart in [*charts, *made.tally.histograms()]],
     }
-
-
-def _tags(made: Made) -> set[str]:
-    """Tags of all that made the set, the finder of faces included."""
-    finder = made.info.get("face_detector")
-    return {entry["tag"] for entry in made.extractors.values()} | ({finder} if finder else set())
 
 
 def _page(made: Made, facts: Mapping[str, Any]) -> str:

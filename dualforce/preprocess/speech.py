@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dualforce.codecs.media_clock import Wave
+from dualforce.codecs.protocols import Samples
 from dualforce.codecs.voice_activity import STEP, VoiceActivity
 from dualforce.preprocess.finder import Finder
 
@@ -28,7 +28,6 @@ class SpeechTrack:
         return float((inside >= SPEECH).mean()) if len(inside) else 0.0
 
 
-def find_speech(wave: Wave) -> SpeechTrack:
-    """The speech in 16 kHz sound [N]. Raises CodecError without the package silero-vad."""
-    model = VoiceActivity()
+def find_speech(wave: Samples, model: VoiceActivity) -> SpeechTrack:
+    """The speech in 16 kHz sound [N]."""
     return SpeechTrack(Finder(model.tag, model.version, model.weights), model.probabilities(wave))

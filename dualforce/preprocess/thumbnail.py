@@ -9,7 +9,7 @@ import numpy as np
 
 from dualforce.codecs.face_box import Pixels, square_crop
 from dualforce.codecs.media import encode_jpeg, iter_frames
-from dualforce.preprocess.process import Job, Outcome
+from dualforce.preprocess.job import Job, Outcome
 from dualforce.preprocess.reasons import Reason
 
 SIDE = 128

@@ -23,13 +23,17 @@ from data_shards.schema import ClipSample
 from data_shards.shard import remove_own_files
 from dualforce.codecs.media import MediaError, duration
 from dualforce.preprocess.errors import BuildError
+from dualforce.preprocess.job import Job, Outcome, rejection
 from dualforce.preprocess.lock import locked
-from dualforce.preprocess.process import Job, Outcome, load_sample, process_video, rejection
+from dualforce.preprocess.models import Models
+from dualforce.preprocess.process import process_video
 from dualforce.preprocess.reasons import Reason
+from dualforce.preprocess.sample_file import load_sample
 from dualforce.preprocess.thumbnail import thumbnail
 
 FOLDER = ".work"  # in the folder of the shards
 RESULTS = "results"
+TEXTS = "texts"
 RECORD = "result.json"
 THUMBNAIL = "thumbnail.jpg"
 KEY = "clip"  # starts the keys of kept samples: their names are given when shards are written
@@ -39,9 +43,11 @@ PASSING = frozenset((Reason.E_INTERNAL, Reason.E_CRASH))
 
 @dataclass(frozen=True)
 class Work:
-    """Folders of a build: `results` of finished videos, `scratch` of this process, `staging` for the shards."""
+    """Folders of a build: `results` of finished videos, `texts` that were embedded, `scratch` of this process,
+    `staging` for the shards."""
 
     results: Path
+    texts: Path
     scratch: Path
     staging: Path
 
@@ -92,28 +98,31 @@ def open_work(out: Path, kept: Path | None) -> Iterator[Work]:
             stack.enter_context(locked(kept, kept))
             base = kept
         results = base / RESULTS
-        results.mkdir(exist_ok=True)
+        texts = base / TEXTS
+        for folder in (results, texts):
+            folder.mkdir(exist_ok=True)
         for stale in base.glob("scratch-*"):  # of a build that was killed
             shutil.rmtree(stale, ignore_errors=True)
         shutil.rmtree(own / "set", ignore_errors=True)
         scratch = Path(tempfile.mkdtemp(prefix="scratch-", dir=base))
         done = False
         try:
-            yield Work(results, scratch, own / "set")
+            yield Work(results, texts, scratch, own / "set")
             done = True
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-            if done or kept is not None or not any(results.iterdir()):
+            if done or kept is not None or not any((*results.iterdir(), *texts.iterdir())):
                 shutil.rmtree(own, ignore_errors=True)
 
 
-def perform(task: Task, device: str) -> Result:
-    """Process a video and keep the result. Runs in a worker; raises OSError when the disk is full."""
+def perform(task: Task, models: Models) -> Result:
+    """Process a video and keep the result. Runs in a worker, whose `models` serve all its tasks. Raises OSError when
+    the disk is full."""
     folder = task.scratch / task.id
     shutil.rmtree(folder, ignore_errors=True)  # of a worker that died
     folder.mkdir()
-    job = replace(task.job, source="", identity="", key=KEY, scratch=folder, device=device)
-    outcome = process_video(job)
+    job = replace(task.job, source="", identity="", key=KEY, scratch=folder)
+    outcome = process_video(job, models)
     if times_of(job.video) != task.times:
         detail = "the video or its sidecar was changed or removed while the build was running"
         outcome = Outcome(job.source, (), (rejection(job.source, Reason.E_INTERNAL, detail),))

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from helpers.clips import copy_head, flash_clip, textured, tone
 
-from dualforce.codecs import media
 from dualforce.codecs.media import (
     MediaError,
     iter_frames,
@@ -24,6 +23,8 @@ from dualforce.codecs.media import (
     read_video,
     write_video,
 )
+from dualforce.codecs.media.sound import _decoded
+from dualforce.codecs.media_clock import SoundPlacer
 
 
 def steady(rate: Fraction, seconds: float = 2.5) -> list[Fraction]:
@@ -191,9 +192,12 @@ def test_sound_that_changes_its_kind_on_the_way() -> None:
                 frame.sample_rate, frame.pts, frame.time_base = hz, first, Fraction(1, hz)
                 yield frame
 
-    blocks = media._sound_blocks(Container(), None)
-    assert [(time, len(part)) for time, part in blocks] == [(0, 16_000), (1, 16_000)]
-    assert all(np.abs(part[100:-100] - 0.5).max() < 0.01 for _, part in blocks)
+    placer = SoundPlacer(None)
+    parts = list(_decoded(Container(), None, placer))
+    assert placer.runs == 2 and placer.samples == 32_000 and placer.gap == 0
+    runs = [np.concatenate([part for place, part in parts if (place < 16_000) == first]) for first in (True, False)]
+    assert [len(run) for run in runs] == [16_000, 16_000]
+    assert all(np.abs(run[100:-100] - 0.5).max() < 0.01 for run in runs)
 
 
 def test_a_name_is_no_pattern(tmp_path: Path) -> None:
@@ -224,7 +228,7 @@ def test_a_file_that_names_other_files_is_not_followed(text: str, tmp_path: Path
 def test_a_picture_that_is_too_large_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "clip.mp4"
     write_video(path, textured(5), None)
-    monkeypatch.setattr(media, "MAX_PIXELS", 160 * 160 // 2)
+    monkeypatch.setattr("dualforce.codecs.media.container.MAX_PIXELS", 160 * 160 // 2)
     with pytest.raises(MediaError, match="cannot decode"):
         probe(path)
 

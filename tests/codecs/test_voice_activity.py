@@ -71,25 +71,26 @@ def test_the_state_goes_on_from_block_to_block(clips_dir: Path, monkeypatch: pyt
 @pytest.mark.parametrize("name", ["silence", "noise", "rumble", "music", "beep"])
 def test_no_speech(name: str) -> None:
     wave = sounds()[name]
-    assert find_speech(wave).share(slice(0, len(wave))) < 0.1
+    assert find_speech(wave, VoiceActivity()).share(slice(0, len(wave))) < 0.1
 
 
 def test_speech(clips_dir: Path) -> None:
     for name in ("real3dportrait_Obama_5s.wav", "echomimic_echomimic_en.wav"):
         wave = read_audio(clips_dir / "audio" / name)
-        assert find_speech(wave).share(slice(0, len(wave))) > 0.6
+        assert find_speech(wave, VoiceActivity()).share(slice(0, len(wave))) > 0.6
 
 
 def test_speech_is_placed_in_time(clips_dir: Path) -> None:
     """Three seconds of silence, then a voice: the share of each stretch is its own."""
     voice = read_audio(clips_dir / "audio" / "real3dportrait_Obama_5s.wav")
-    track = find_speech(np.concatenate([np.zeros(3 * SECOND, np.float32), voice]))
+    track = find_speech(np.concatenate([np.zeros(3 * SECOND, np.float32), voice]), VoiceActivity())
     assert track.share(slice(0, 3 * SECOND)) == 0
     assert track.share(slice(3 * SECOND, 8 * SECOND)) > 0.6
 
 
 def test_share_counts_the_steps_whose_middle_is_inside() -> None:
-    track = SpeechTrack(find_speech(np.zeros(1, np.float32)).finder, np.array([1, 0.5, 0.4, 0, 1], np.float32))
+    finder = find_speech(np.zeros(1, np.float32), VoiceActivity()).finder
+    track = SpeechTrack(finder, np.array([1, 0.5, 0.4, 0, 1], np.float32))
     assert track.share(slice(0, 5 * 512)) == pytest.approx(3 / 5)
     assert track.share(slice(256, 512 + 256)) == 1.0  # the middle of step 0 is at 256, that of step 1 at 768
     assert track.share(slice(257, 512 + 257)) == 1.0
@@ -98,7 +99,7 @@ def test_share_counts_the_steps_whose_middle_is_inside() -> None:
 
 
 def test_tag_names_version_and_weights() -> None:
-    finder = find_speech(np.zeros(600, np.float32)).finder
+    finder = find_speech(np.zeros(600, np.float32), VoiceActivity()).finder
     assert finder.version == metadata.version("silero-vad") and finder.weights and len(finder.weights) == 64
     assert finder.tag == f"silero-vad-16k-{finder.version}-{finder.weights[:8]}"
 

@@ -138,13 +138,13 @@ def kill_at(step: int) -> None:
 def logged(process: Callable[..., Any], log: Path) -> Callable[..., Any]:
     """`process`, which first writes down the video's hash, and whether its result was there already."""
 
-    def wrapped(job: Any) -> Any:
+    def wrapped(job: Any, models: Any) -> Any:
         base = job.scratch.parents[1]
         done = [path.name for path in (base / work.RESULTS).iterdir()]
         entry = {"set": base.parent.name, "sha256": job.sha256, "redone": job.scratch.name in done}
         with open(log, "a") as file:
             file.write(json.dumps(entry) + "\n")
-        return process(job)
+        return process(job, models)
 
     return wrapped
 

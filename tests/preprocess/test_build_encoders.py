@@ -113,6 +113,20 @@ def test_texts_of_a_file_are_embedded(clips: Path, captions: Path, tmp_path: Pat
     assert not list((tmp_path / "out").glob(".*"))
 
 
+def test_a_later_build_loads_no_text_encoder_for_known_texts(
+    clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "c.json").write_text(json.dumps({"a": "one", "b": "two"}))
+    folder, kept = write_umt5(tmp_path / "umt5"), tmp_path / "kept"
+    options = BuildOptions(size=32, captions=tmp_path / "c.json", text_encoder=folder, work=kept)
+    first = build_shards(clips, tmp_path / "first", options)
+    monkeypatch.setattr("dualforce.preprocess.plan.text_encoder_in", pytest.fail)
+    second = build_shards(clips, tmp_path / "second", options)
+    assert second.earlier == second.used == first.used > 0
+    for tar in (tmp_path / "first").glob("*.tar"):
+        assert (tmp_path / "second" / tar.name).read_bytes() == tar.read_bytes()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -157,13 +171,35 @@ class Counted:
 
 def test_equal_texts_are_embedded_once(tmp_path: Path) -> None:
     encoder = Counted()
-    found = embed_captions({"x.mp4": "one  two", "y.mp4": "one two ", "z.mp4": "three"}, encoder, tmp_path)
+    texts = {"x.mp4": "one  two", "y.mp4": "one two ", "z.mp4": "three"}
+    found = embed_captions(texts, encoder.tag, lambda: encoder, tmp_path)
     assert encoder.asked == ["one two", "three"]
     assert found["x.mp4"] == found["y.mp4"] != found["z.mp4"] and found["z.mp4"].text == "three"
     text = caption_embedding(found["z.mp4"])
     assert text.tag == "counted-v1" and text.data[:, 0].tolist() == [5.0] * 5 + [0.0] * 507
 
 
+def test_texts_of_an_earlier_build_are_not_embedded_again(tmp_path: Path) -> None:
+    """The encoder is not even loaded when all are there; a damaged file, another encoder or machine are new work."""
+    first, texts = Counted(), {"x.mp4": "one", "y.mp4": "two words"}
+    found = embed_captions(texts, first.tag, lambda: first, tmp_path, "here")
+    assert embed_captions(texts, first.tag, pytest.fail, tmp_path, "here") == found
+    more = Counted()
+    embed_captions({**texts, "z.mp4": "three"}, more.tag, lambda: more, tmp_path, "here")
+    assert more.asked == ["three"]
+    data = bytearray(found["x.mp4"].embedding.read_bytes())
+    data[-1] ^= 1
+    found["x.mp4"].embedding.write_bytes(data)
+    again = Counted()
+    assert embed_captions(texts, again.tag, lambda: again, tmp_path, "here") == found and again.asked == ["one"]
+    assert caption_embedding(found["x.mp4"]).data[:, 0].tolist() == [3.0] * 3 + [0.0] * 509
+    elsewhere = Counted()
+    embed_captions(texts, elsewhere.tag, lambda: elsewhere, tmp_path, "there")
+    assert elsewhere.asked == ["one", "two words"]
+    with pytest.raises(CaptionError, match="is 'counted-v1': expected 'other-v1'"):
+        embed_captions(texts, "other-v1", Counted, tmp_path, "here")
+
+
 def test_a_text_that_gives_no_numbers_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(CaptionError, match="'three': counted-v1 gave NaN or infinity"):
-        embed_captions({"z.mp4": "three"}, Counted(1e6), tmp_path)
+        embed_captions({"z.mp4": "three"}, Counted.tag, lambda: Counted(1e6), tmp_path)

@@ -29,7 +29,8 @@ from dualforce.data.statistics import StreamStatistics
 from dualforce.preprocess import build, process, quality, windows
 from dualforce.preprocess.build import BuildError, BuildOptions, build_shards
 from dualforce.preprocess.features import check_faces_seen, flame_parameters
-from dualforce.preprocess.process import Job, process_video
+from dualforce.preprocess.job import Job
+from dualforce.preprocess.process import process_video
 from dualforce.preprocess.quality import Limits
 from dualforce.preprocess.reasons import Reason, Rejected
 from dualforce.preprocess.window_faces import boxes_in_crops
@@ -43,8 +44,9 @@ CLIP = "man_interview_6s.mp4"
 def _short_windows() -> Iterator[None]:
     """Of WINDOW pixel frames, and builds in this process, where that holds."""
 
-    def in_turn(tasks: Sequence[Any], work: Any, devices: Sequence[str]) -> Iterator[Any]:
-        return ((task, work(task, devices[0])) for task in tasks)
+    def in_turn(tasks: Sequence[Any], work: Any, devices: Sequence[str], prepare: Any) -> Iterator[Any]:
+        kept = prepare(devices[0])
+        return ((task, work(task, kept)) for task in tasks)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quality, "LENGTH", WINDOW)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -88,6 +89,29 @@ def test_every_other_video_has_a_reason(real_report: Built, clips_dir: Path) -> 
     for entry in report.manifest["rejected"]:
         assert entry["reason"] in set(Reason) and entry["detail"]
     assert json.loads((folder / "manifest.json").read_text()) == report.manifest
+
+
+def test_the_report_names_every_network(real_report: Built, landmarker_file: Path) -> None:
+    """Also those that no option names: with what the samples say of them, origin, licence and hash of the weights."""
+    _, folder, _ = real_report
+    networks = json.loads((folder / "report.json").read_text())["networks"]
+    sample = samples_of(folder)[0][1]
+    found = {entry["part"]: entry for entry in networks}
+    assert len(found) == len(networks) == 6
+    tags = {part: entry["tag"] for part, entry in found.items()}
+    finders = sample.meta["finders"]
+    assert {part: tags[part] for part in sample.meta["tags"]} == sample.meta["tags"]
+    assert (tags["scenes"], tags["speech"]) == (finders["scenes"]["tag"], finders["speech"]["tag"])
+    assert tags["face track"] == finders["faces"]["tag"]
+    landmarker = hashlib.sha256(landmarker_file.read_bytes()).hexdigest()
+    assert found["motion"]["sha256"] == found["face track"]["sha256"] == landmarker == finders["faces"]["weights"]
+    assert found["speech"]["sha256"] == finders["speech"]["weights"]
+    assert found["video"]["sha256"] is found["audio"]["sha256"] is found["scenes"]["sha256"] is None
+    for part, licence in {"speech": "(MIT)", "face track": "(Apache-2.0)", "scenes": "(BSD-3-Clause)"}.items():
+        assert licence in found[part]["origin"]
+    page = (folder / "report.html").read_text()
+    assert all(entry["tag"] in page and entry["origin"] in page for entry in networks)
+    assert landmarker in page and found["speech"]["sha256"] in page
 
 
 def test_figures_of_a_used_clip(real_report: Built, clips_dir: Path) -> None:

@@ -19,7 +19,7 @@ from helpers.clips import sidecar_json, textured, tone, write_sidecar
 from dualforce.codecs.media import encode_jpeg, write_video
 from dualforce.preprocess.build import BuildError, BuildOptions, BuildReport, build_shards
 from dualforce.preprocess.charts import HEIGHT, WIDTH, histogram
-from dualforce.preprocess.process import Job
+from dualforce.preprocess.job import Job
 from dualforce.preprocess.quality import Limits
 from dualforce.preprocess.report import Entry, Made, Tally, printable, write_report
 from dualforce.preprocess.work import Result
@@ -216,4 +216,5 @@ def result(folder: Path, *, samples: int = 0, rejected: tuple[dict[str, Any], ..
 
 def fake(folder: Path, used: int, rejected: list[dict[str, Any]]) -> Made:
     entries = [Entry(job(f"used {n}"), result(folder, samples=1)) for n in range(used)]
-    return Made(entries, rejected, Tally(), {"video": {"tag": "t"}}, {"videos": used, "origin": None}, None, 1.0, "now")
+    info = {"videos": used, "origin": None}
+    return Made(entries, rejected, Tally(), {"video": {"tag": "t"}}, [], info, None, 1.0, "now")

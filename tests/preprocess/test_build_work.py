@@ -21,12 +21,13 @@ from data_shards.reader import ShardSet
 from dualforce.codecs.face_box import square_crop
 from dualforce.codecs.media import read_image, write_video
 from dualforce.codecs.registry import audio_encoder_in
-from dualforce.preprocess import assemble, build, pool, work
+from dualforce.preprocess import assemble, build, models, pool, work
 from dualforce.preprocess.build import BuildOptions, build_shards
 from dualforce.preprocess.content_id import NAMES, ContentHashes, content_id, surroundings
 from dualforce.preprocess.errors import BuildError
+from dualforce.preprocess.job import Job, Outcome
 from dualforce.preprocess.lock import LOCK, locked
-from dualforce.preprocess.process import Job, Outcome
+from dualforce.preprocess.models import Models
 from dualforce.preprocess.quality import Limits
 from dualforce.preprocess.thumbnail import thumbnail
 
@@ -54,10 +55,10 @@ def processed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], i
     log = tmp_path / "log"
     original = work.process_video
 
-    def counted(job: Job) -> Any:
+    def counted(job: Job, models: Models) -> Any:
         with open(log, "a") as file:
             file.write("x")
-        return original(job)
+        return original(job, models)
 
     def take() -> int:
         count = len(log.read_text()) if log.exists() else 0
@@ -234,10 +235,10 @@ def test_a_video_that_kills_its_reader_is_rejected_and_the_rest_is_built(
 ) -> None:
     original = work.process_video
 
-    def deadly(job: Job) -> Any:
+    def deadly(job: Job, models: Models) -> Any:
         if job.video.name == "a.mp4":
             os.kill(os.getpid(), signal.SIGKILL)
-        return original(job)
+        return original(job, models)
 
     with monkeypatch.context() as patch:
         patch.setattr(work, "process_video", deadly)
@@ -283,10 +284,10 @@ def test_a_video_that_changes_meanwhile_is_not_taken_for_what_it_was(
 ) -> None:
     original = work.process_video
 
-    def changing(job: Job) -> Any:
+    def changing(job: Job, models: Models) -> Any:
         if job.video.name == "a.mp4":
             shutil.copy(src / "b.mp4", src / "a.mp4")
-        return original(job)
+        return original(job, models)
 
     kept = dataclasses.replace(OPTIONS, work=tmp_path / "kept")
     with monkeypatch.context() as patch:
@@ -317,8 +318,8 @@ def test_the_largest_videos_come_first_and_workers_get_the_devices(
 ) -> None:
     seen: dict[str, Any] = {}
 
-    def order(tasks: list[work.Task], function: Any, devices: list[str]) -> list[Any]:
-        seen.update(names=[task.job.source for task in tasks], function=function, devices=devices)
+    def order(tasks: list[work.Task], function: Any, devices: list[str], prepare: Any) -> list[Any]:
+        seen.update(names=[task.job.source for task in tasks], calls=(prepare, function), devices=devices)
         raise RuntimeError
 
     monkeypatch.setattr(build, "run_tasks", order)
@@ -327,7 +328,7 @@ def test_the_largest_videos_come_first_and_workers_get_the_devices(
     with pytest.raises(RuntimeError):
         build_shards(src, tmp_path / "out", options)
     assert seen["names"] == sorted(seen["names"], key=lambda name: -(src / name).stat().st_size)
-    assert seen["devices"] == ["cuda:0", "cuda:1", "cuda:0"] and seen["function"] is work.perform
+    assert seen["devices"] == ["cuda:0", "cuda:1", "cuda:0"] and seen["calls"] == (Models, work.perform)
 
 
 def test_encoders_are_put_on_the_workers_device(src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,16 +338,47 @@ def test_encoders_are_put_on_the_workers_device(src: Path, tmp_path: Path, monke
         asked.append((folder, device))
         return audio_encoder_in(None)
 
-    monkeypatch.setattr("dualforce.preprocess.process.audio_encoder_in", encoder)
+    monkeypatch.setattr("dualforce.preprocess.models.audio_encoder_in", encoder)
     given = Job(video=src / "a.mp4", source="a", key="a", identity="a", sha256="0" * 64, bytes=1, size=64,
                 limits=Limits(), sidecar=src / "a.json", landmarker=None, scratch=tmp_path,
                 audio_encoder=tmp_path / "model")  # fmt: skip
     for name in ("results", "scratch"):
         (tmp_path / name).mkdir()
     result = work.perform(
-        work.Task("id", given, tmp_path / "results", tmp_path / "scratch", work.times_of(given.video)), "cuda:1"
+        work.Task("id", given, tmp_path / "results", tmp_path / "scratch", work.times_of(given.video)), Models("cuda:1")
     )
     assert asked == [(tmp_path / "model", "cuda:1")] and len(result.samples) == 1 and result.kept
+
+
+def test_networks_are_loaded_once_a_worker(
+    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processed: Callable[[], int]
+) -> None:
+    """And anew after a fault that nobody foresaw: it may have been theirs."""
+    log, load = tmp_path / "loads", models.audio_encoder_in
+
+    def logged(folder: Path | None, device: str = "cpu") -> Any:
+        with open(log, "a") as file:
+            file.write(f"{os.getpid()}\n")
+        return load(folder, device)
+
+    monkeypatch.setattr(models, "audio_encoder_in", logged)
+    for name in "cd":
+        (src / f"{name}.mp4").write_bytes((src / "a.mp4").read_bytes() + bytes(ord(name)))
+        shutil.copy(src / "a.json", src / f"{name}.json")
+    assert build_shards(src, tmp_path / "out", OPTIONS).used == 4
+    assert processed() == 5 and len(log.read_text().split()) == 1
+
+    class Broken:
+        tag, channels = "broken-v1", 16
+
+        def encode(self, pixels: Any) -> Any:
+            raise RuntimeError("CUDA error")
+
+    monkeypatch.setattr(models, "video_codec_in", lambda *_: Broken())
+    log.unlink()
+    with pytest.raises(BuildError, match="E_INTERNAL: RuntimeError: CUDA error"):
+        build_shards(src, tmp_path / "broken", OPTIONS)
+    assert len(log.read_text().split()) == 4
 
 
 def test_the_thumbnail_is_the_first_samples_first_crop(src: Path, tmp_path: Path) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +15,7 @@ from dualforce.codecs.audio_logmel import LogMelAudio
 from dualforce.codecs.face_box import square_boxes
 from dualforce.codecs.media_clock import PlacedSound
 from dualforce.codecs.motion_sidecar import Motion
+from dualforce.codecs.protocols import Samples
 from dualforce.preprocess import features
 from dualforce.preprocess.face_crop import plan_crop
 from dualforce.preprocess.face_track import FaceTrack
@@ -159,17 +164,18 @@ def test_windows_and_their_sound() -> None:
             check_window(window, PlacedSound(wave, start, 0.0), ())
 
 
-def test_audio_of_a_window_is_that_of_the_whole_track() -> None:
+def test_audio_of_a_window_is_that_of_the_whole_track(tmp_path: Path) -> None:
     encoder = LogMelAudio()
     wave = tone(200)
-    whole = features.audio_track(encoder, wave)
-    audio = features.audio_window(whole, Window(1, 81, 81))
+    whole = encoder.encode(wave)
+    with features.audio_track(encoder, wave, tmp_path) as track:
+        audio = features.audio_window(track, Window(1, 81, 81))
     assert audio.tag == encoder.tag and audio.data.shape == (21, 8, 80) and audio.data.dtype == torch.float16
     # Latent frame j >= 1 holds 50 Hz frames 8j-6 .. 8j+1 of the window, which starts at frame 162 of the video.
-    assert torch.equal(audio.data[5], whole.data[162 + 34 : 162 + 42].half())
-    assert torch.equal(audio.data[20, -1], whole.data[162 + 161].half())
-    assert torch.equal(audio.data[0, 6], whole.data[162].half()) and torch.equal(
-        audio.data[0, 7], whole.data[163].half()
+    assert torch.equal(audio.data[5], whole[162 + 34 : 162 + 42].half())
+    assert torch.equal(audio.data[20, -1], whole[162 + 161].half())
+    assert torch.equal(audio.data[0, 6], whole[162].half()) and torch.equal(
+        audio.data[0, 7], whole[163].half()
     )
 
 
@@ -184,17 +190,18 @@ def test_sidecar_motion_of_a_window() -> None:
 def test_voiced_frames_follow_the_sound() -> None:
     wave = np.zeros(162 * 640, np.float32)
     wave[(81 + 4 * 9 + 1) * 640 : (81 + 4 * 12 + 1) * 640] = 0.3  # latent frames 10, 11, 12 of the second window
-    voiced = features.voiced_frames(wave, Window(1, 81, 81))
+    loudness = features.loudness(wave)
+    voiced = features.voiced_frames(loudness, Window(1, 81, 81))
     assert voiced.dtype == torch.bool and voiced.nonzero().flatten().tolist() == [10, 11, 12]
-    assert not features.voiced_frames(wave, Window(0, 0, 81)).any()
+    assert not features.voiced_frames(loudness, Window(0, 0, 81)).any()
 
 
-def test_an_extractor_that_gives_nan_is_named() -> None:
+def test_an_extractor_that_gives_nan_is_named(tmp_path: Path) -> None:
     class Broken(LogMelAudio):
         tag = "broken-v1"
 
-        def encode(self, wave: np.ndarray) -> torch.Tensor:
-            return super().encode(wave) * float("nan")
+        def stream(self, wave: Samples) -> Iterator[torch.Tensor]:
+            return (part * float("nan") for part in super().stream(wave))
 
-    with pytest.raises(Rejected, match="E_NONFINITE: broken-v1 gave NaN"):
-        features.audio_track(Broken(), tone(10))
+    with ExitStack() as files, pytest.raises(Rejected, match="E_NONFINITE: broken-v1 gave NaN"):
+        files.enter_context(features.audio_track(Broken(), tone(10), tmp_path))

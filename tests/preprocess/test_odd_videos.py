@@ -17,9 +17,11 @@ from dualforce.codecs.media import MediaError, iter_frames
 from dualforce.codecs.motion_sidecar import find_sidecar
 from dualforce.preprocess.build import BuildError, BuildOptions, build_shards
 from dualforce.preprocess.files import find_videos
-from dualforce.preprocess.process import Job, Outcome, load_sample, process_video
+from dualforce.preprocess.job import Job, Outcome
+from dualforce.preprocess.process import process_video
 from dualforce.preprocess.quality import Limits
 from dualforce.preprocess.reasons import Reason
+from dualforce.preprocess.sample_file import load_sample
 
 SECRET = b"RIFF or not, this text stands in another file"
 TENTH = Fraction(1, 10)

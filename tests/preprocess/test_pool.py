@@ -44,7 +44,7 @@ def test_a_dead_worker_costs_its_task_only(tmp_path: Path) -> None:
     """The deadly task is tried twice; one that dies by accident gets its result; the others are worked on meanwhile."""
     once = f"once {tmp_path / 'mark'}"
     tasks = ["deadly", once, "a", "b", "c", "d"]
-    found = dict(run_tasks(tasks, measure, ["cpu", "cpu"]))
+    found = dict(run_tasks(tasks, measure, ["cpu", "cpu"], str))
     assert set(found) == set(tasks) and set(list(found)[:4]) == set("abcd")
     assert found.pop("deadly") is None
     assert all(result is not None and result[0] == task for task, result in found.items())
@@ -53,7 +53,7 @@ def test_a_dead_worker_costs_its_task_only(tmp_path: Path) -> None:
 
 def test_whoever_is_free_takes_the_next_task() -> None:
     tasks = ["sleep", "a", "b", "c", "d", "e"]
-    found = dict(run_tasks(tasks, measure, ["cpu", "cpu"]))
+    found = dict(run_tasks(tasks, measure, ["cpu", "cpu"], str))
     workers = {task: result[2] for task, result in found.items() if result}
     assert len(set(workers.values())) == 2
     assert len({workers[task] for task in "abcde"} - {workers["sleep"]}) == 1
@@ -62,13 +62,13 @@ def test_whoever_is_free_takes_the_next_task() -> None:
 
 def test_what_the_work_raises_is_raised() -> None:
     with pytest.raises(OSError, match="No space left"):
-        list(run_tasks(["a", "raise", "b"], measure, ["cpu"]))
+        list(run_tasks(["a", "raise", "b"], measure, ["cpu"], str))
 
 
 def test_a_worker_that_cannot_start_is_an_error_and_no_endless_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "_serve", die)
     with pytest.raises(BuildError, match="died at its start"):
-        list(run_tasks(["a", "b"], measure, ["cpu"]))
+        list(run_tasks(["a", "b"], measure, ["cpu"], str))
 
 
 def die(*_: object) -> None:
@@ -83,14 +83,14 @@ def test_libraries_of_a_worker_get_one_thread_and_those_here_keep_theirs(monkeyp
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
     monkeypatch.setattr(pool, "_context", lambda module: multiprocessing.get_context("spawn"))
-    assert list(run_tasks(["a"], settings, ["cpu"])) == [("a", ("1",) * len(THREAD_COUNTS))]
+    assert list(run_tasks(["a"], settings, ["cpu"], str)) == [("a", ("1",) * len(THREAD_COUNTS))]
     assert os.environ["OMP_NUM_THREADS"] == "7" and "MKL_NUM_THREADS" not in os.environ
 
 
 def test_every_worker_has_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "_context", lambda module: multiprocessing.get_context("fork"))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: monkeypatch.setenv("CHOSEN", device))
-    found = dict(run_tasks(["sleep 1", "sleep 2", "a"], with_devices, ["cuda:0", "cuda:1"]))
+    found = dict(run_tasks(["sleep 1", "sleep 2", "a"], with_devices, ["cuda:0", "cuda:1"], str))
     assert {found["sleep 1"], found["sleep 2"]} == {"cuda:0", "cuda:1"} and found["a"] in ("cuda:0", "cuda:1")
     assert "CHOSEN" not in os.environ  # chosen in the worker, not here
 
@@ -102,7 +102,7 @@ def test_a_device_that_cannot_be_used_is_one_line(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(pool, "_context", lambda module: multiprocessing.get_context("fork"))
     monkeypatch.setattr(torch.cuda, "set_device", busy)
     with pytest.raises(BuildError) as caught:
-        list(run_tasks(["a"], with_devices, ["cuda:1"]))
+        list(run_tasks(["a"], with_devices, ["cuda:1"], str))
     assert str(caught.value).startswith("--devices cuda:1: CUDA error: all CUDA-capable devices are busy: expected")
     assert "\n" not in str(caught.value)
 
@@ -113,7 +113,7 @@ def with_devices(task: str, device: str) -> str:
 
 
 def test_no_tasks_need_no_worker() -> None:
-    assert list(run_tasks([], measure, ["cpu"])) == []
+    assert list(run_tasks([], measure, ["cpu"], str)) == []
 
 
 def note_and_sleep(task: str, device: str) -> str:
@@ -127,7 +127,7 @@ def test_workers_end_with_whoever_started_them(tmp_path: Path) -> None:
     code = f"""
 from preprocess.test_pool import note_and_sleep
 from dualforce.preprocess.pool import run_tasks
-list(run_tasks([{str(tmp_path / "pid")!r}], note_and_sleep, ["cpu"]))
+list(run_tasks([{str(tmp_path / "pid")!r}], note_and_sleep, ["cpu"], str))
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
     parent = subprocess.Popen([sys.executable, "-c", code], env=environment)

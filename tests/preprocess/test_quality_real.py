@@ -13,8 +13,10 @@ from av.filter import Graph
 from helpers.clips import sidecar_json, textured, tone, write_sidecar
 
 from dualforce.codecs.media import iter_frames, probe, read_sound, write_video
-from dualforce.preprocess.process import Job, Outcome, load_sample, process_video
+from dualforce.preprocess.job import Job, Outcome
+from dualforce.preprocess.process import process_video
 from dualforce.preprocess.quality import UNJUDGED, Limits
+from dualforce.preprocess.sample_file import load_sample
 
 FRAMES = 85
 OTHERS = (

@@ -13,8 +13,10 @@ import pytest
 from helpers.clips import sidecar_json, textured, tone, write_sidecar
 
 from dualforce.codecs.media import iter_frames, write_video
-from dualforce.preprocess.process import Job, load_sample, process_video
+from dualforce.preprocess.job import Job
+from dualforce.preprocess.process import process_video
 from dualforce.preprocess.quality import Limits
+from dualforce.preprocess.sample_file import load_sample
 from dualforce.preprocess.scenes import Scene, find_scenes, scenes_of
 from dualforce.preprocess.windows import plan_windows
 

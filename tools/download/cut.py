@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from dualforce.codecs import media
+from dualforce.types import FPS
 from tools.download.reasons import ClipFailure, Reason
 from tools.download.records import Box, CropRule
 
@@ -150,7 +151,7 @@ class _Pictures:
         if box is None:
             raise ClipFailure(Reason.CROP, f"the crop lies outside the picture of {first.width} x {first.height}")
         self.written, self.box, self.size = written, box, (first.width, first.height)
-        rate = source.average_rate or Fraction(media.FPS)
+        rate = source.average_rate or Fraction(FPS)
         self.interval = 1 / Fraction(rate)
         self.stream = written.add_stream("libx264", rate=rate, options={"crf": "18", "preset": "medium"})
         self.stream.width, self.stream.height, self.stream.pix_fmt = box.width, box.height, "yuv420p"

@@ -1,0 +1,111 @@
+"""Pictures of a file on the project's clock, upright, with square pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dualforce.codecs.media.container import MediaError, opened, stream_of, time_of
+from dualforce.codecs.media_clock import Timed, pixel_frames_shown
+from dualforce.codecs.protocols import Pixels
+from dualforce.types import FPS
+
+
+@dataclass(frozen=True)
+class MediaInfo:
+    """What the head of a video file says. `zero` is the presentation time of the first picture, in seconds."""
+
+    width: int
+    height: int
+    zero: Fraction
+    rate: float
+    codec: str
+    sound: bool
+
+
+def probe(path: Path) -> MediaInfo:
+    """Size, start and streams of a video file, by decoding its first picture. Raises MediaError."""
+    with opened(path) as container:
+        stream = stream_of(container, "video", path)
+        for frame in container.decode(stream):
+            width, height = _display_size(frame, stream, None)
+            if _quarter_turns(frame) % 2:
+                width, height = height, width
+            return MediaInfo(
+                width=width,
+                height=height,
+                zero=time_of(frame) or Fraction(0),
+                rate=float(stream.average_rate or FPS),
+                codec=str(stream.codec_context.name),
+                sound=bool(container.streams.audio),
+            )
+    raise MediaError(path, "no picture could be decoded")
+
+
+def iter_frames(
+    path: Path, *, max_side: int | None = None, step: int = 1, last: bool = False
+) -> Iterator[tuple[int, Pixels]]:
+    """Yield (k, picture [H,W,3] uint8) for pixel frames k = 0, step, 2 step, ... at 25 frames a second.
+
+    Pixel frame k is the source picture on screen at k / 25 s after the first one. `max_side` shrinks larger pictures;
+    `last` adds the video's final pixel frame. One picture is held at a time. Raises MediaError.
+    """
+    with opened(path) as container:
+        stream = stream_of(container, "video", path)
+        size: tuple[int, int] | None = None
+        final: tuple[int, Any] | None = None
+        for frame, indices in _on_clock(container.decode(stream), stream):
+            size = size or _display_size(frame, stream, max_side)
+            if indices:
+                final = (indices[-1], frame)
+            wanted = [k for k in indices if k % step == 0]
+            if wanted:
+                picture = _upright(frame, size)
+                for k in wanted:
+                    yield k, picture
+                del picture  # or it would be there beside the next one
+        if size is None or final is None:
+            raise MediaError(path, "no picture could be decoded")
+        if last and final[0] % step:
+            yield final[0], _upright(final[1], size)
+
+
+def read_image(path: Path) -> Pixels:
+    """The first picture of an image or video file, upright, [H,W,3] uint8. Raises MediaError."""
+    return next(iter_frames(path))[1]
+
+
+def _length(frame: Any) -> Fraction | None:
+    return frame.duration * Fraction(frame.time_base) if frame.duration else None
+
+
+def _on_clock(frames: Iterable[Any], stream: Any) -> Iterator[tuple[Any, range]]:
+    """Pair each decoded frame with the pixel frames during which it is on screen."""
+    pictures = (Timed(frame, time_of(frame), _length(frame)) for frame in frames)
+    interval = 1 / Fraction(stream.average_rate or FPS)
+    return pixel_frames_shown(pictures, interval, Fraction(stream.time_base))
+
+
+def _display_size(frame: Any, stream: Any, max_side: int | None) -> tuple[int, int]:
+    """(width, height) with square pixels, before rotation, shrunk to `max_side`."""
+    ratio = Fraction(stream.sample_aspect_ratio or 1)
+    width, height = Fraction(frame.width) * (ratio if ratio > 0 else 1), Fraction(frame.height)
+    shrink = min(Fraction(1), Fraction(max_side) / max(width, height)) if max_side else Fraction(1)
+    return max(1, round(width * shrink)), max(1, round(height * shrink))
+
+
+def _quarter_turns(frame: Any) -> int:
+    return round(frame.rotation / 90) % 4
+
+
+def _upright(frame: Any, size: tuple[int, int]) -> Pixels:
+    """RGB picture of a decoded frame at `size` (before rotation), turned upright."""
+    method = "AREA" if (frame.width, frame.height) != size else None
+    picture = frame.reformat(width=size[0], height=size[1], format="rgb24", interpolation=method).to_ndarray()
+    turns = _quarter_turns(frame)
+    return np.ascontiguousarray(np.rot90(picture, turns)) if turns else picture
