@@ -15,10 +15,10 @@ from helpers.random_model import random_model
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dualforce.codecs.media import Wave, read_image
+from dualforce.codecs.media import read_image
 from dualforce.codecs.motion_landmarker import CROP_SIZE, TAG, LandmarkerMotion
 from dualforce.codecs.motion_liveportrait import LivePortraitMotion
-from dualforce.codecs.protocols import CodecError, Pixels
+from dualforce.codecs.protocols import CodecError, Pixels, Wave
 from dualforce.data.windows import audio_windows
 from dualforce.generate import inputs as module
 from dualforce.generate.inputs import GenerateError, Sources, prepare, whole_frames
