@@ -42,10 +42,10 @@ def preprocess(video: Path, scratch: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("short", "long", "room"),
-    [(4, 20, 30), pytest.param(10, 60, 60, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])],
+    [(4, 20, 45), pytest.param(10, 60, 60, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])],
 )
 def test_memory_hardly_grows_with_the_length(short: int, long: int, room: int, tmp_path: Path) -> None:
-    """Sound alone, held whole, is 60 MiB for sixteen minutes more. `room` is for the allocator, in MiB."""
+    """Sound alone, held whole, is 59 MiB for sixteen minutes more. `room` is for the allocator, in MiB (5 to 31)."""
     found = {}
     for minutes in (short, long):
         make_long(tmp_path / f"{minutes}.mp4", 60 * minutes)
