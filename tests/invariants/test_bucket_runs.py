@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.fake_shards import write_fake_shards
 from helpers.launches import Launch, Outcome, launch_all
+from helpers.run_records import records
 
 from dualforce.train.checkpoint import read_fp32_state
 from dualforce.weights.export import folder_config, tower_state, write_model
@@ -55,12 +56,6 @@ def outcomes(folder: Path) -> dict[str, Outcome]:
         Launch("uneven", 1, arguments(folder, "bad", frames="[9]")),
     ]
     return launch_all(launches)
-
-
-def records(run: Path, kind: str) -> list[dict[str, object]]:
-    clock = ("seconds_per_step", "data_wait", "tokens_per_second")
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in clock} for line in lines if line["kind"] == kind]
 
 
 def test_stop_and_resume_within_a_cycle_of_buckets(outcomes: dict[str, Outcome], folder: Path) -> None:

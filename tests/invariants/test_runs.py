@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.fake_shards import write_fake_shards
 from helpers.launches import Launch, Outcome, launch_all
+from helpers.run_records import records
 from safetensors.torch import load_file
 
 from data_shards.reader import ShardSet
@@ -112,13 +113,6 @@ def outcomes(folder: Path, shards: Path, grown: Path) -> dict[str, Outcome]:
         given = arguments if any(a.startswith("data.shards") for a in arguments) else [*arguments, "--set", data]
         launches.append(Launch(name, world, [*given, "--out", str(folder / name)]))
     return launch_all(launches)
-
-
-def records(run: Path, kind: str) -> list[dict[str, object]]:
-    """Metrics of one kind without what depends on the clock."""
-    clock = ("seconds_per_step", "data_wait", "tokens_per_second")
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in clock} for line in lines if line["kind"] == kind]
 
 
 def test_resume_is_bitwise(outcomes: dict[str, Outcome], folder: Path) -> None:
