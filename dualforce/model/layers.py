@@ -80,7 +80,8 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, kernels: KernelSet) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.kernels = kernels
-        return functional.linear(x, weight, bias)
+        out: Tensor = kernels.product(_rows(x), weight.t(), bias)
+        return out.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @once_differentiable
@@ -89,7 +90,7 @@ class _Linear(torch.autograd.Function):
         wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
         rows = _rows(grad)
         return (
-            (rows @ weight).view_as(x) if wants_x else None,
+            ctx.kernels.product(rows, weight).view_as(x) if wants_x else None,
             rows.t() @ _rows(x) if wants_weight else None,
             ctx.kernels.column_sum(rows) if wants_bias else None,
             None,
@@ -101,10 +102,11 @@ class _Mlp(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight_1: Tensor, bias_1: Tensor, weight_2: Tensor, bias_2: Tensor, kernels: KernelSet
     ) -> Tensor:
-        hidden = functional.linear(x, weight_1, bias_1)
+        hidden, activation = kernels.gelu_product(_rows(x), weight_1.t(), bias_1)
         ctx.save_for_backward(x, hidden, weight_1, weight_2)
         ctx.kernels = kernels
-        return functional.linear(functional.gelu(hidden, approximate="tanh"), weight_2, bias_2)
+        out: Tensor = kernels.product(activation, weight_2.t(), bias_2)
+        return out.view(*x.shape[:-1], weight_2.shape[0])
 
     @staticmethod
     @once_differentiable
@@ -112,11 +114,11 @@ class _Mlp(torch.autograd.Function):
         x, hidden, weight_1, weight_2 = ctx.saved_tensors
         wants_x, wants_weight_1, wants_bias_1, wants_weight_2, wants_bias_2, _ = ctx.needs_input_grad
         rows = _rows(grad)
-        activation, by_hidden, by_bias_1 = ctx.kernels.gelu_backward(_rows(hidden), rows @ weight_2)
+        activation, by_hidden, by_bias_1 = ctx.kernels.gelu_product_backward(rows, weight_2, hidden)
         by_weight_2 = rows.t() @ activation if wants_weight_2 else None
         del activation  # as large as hidden
         return (
-            (by_hidden @ weight_1).view_as(x) if wants_x else None,
+            ctx.kernels.product(by_hidden, weight_1).view_as(x) if wants_x else None,
             by_hidden.t() @ _rows(x) if wants_weight_1 else None,
             by_bias_1 if wants_bias_1 else None,
             by_weight_2,

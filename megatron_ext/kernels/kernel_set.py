@@ -16,6 +16,8 @@ from megatron_ext.kernels.apex import fused_layer_norm
 from megatron_ext.kernels.attention import reference as attention_reference
 from megatron_ext.kernels.attention.flash import DTYPES, HEAD_DIMS, FlashAttention, FlashUnavailable
 from megatron_ext.kernels.linear import reference as linear_reference
+from megatron_ext.kernels.linear.products import PlainProducts
+from megatron_ext.kernels.linear.quack import QuackProducts, QuackUnavailable
 from megatron_ext.kernels.qk_norm_rope import reference as rope_reference
 
 logger = logging.getLogger(__name__)
@@ -35,7 +37,9 @@ class KernelSet:
     layer_norm: Callable[..., Tensor]
     split_heads: Callable[..., tuple[Tensor, ...]]
     column_sum: Callable[..., Tensor]
-    gelu_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    product: Callable[..., Tensor]
+    gelu_product: Callable[..., tuple[Tensor, Tensor]]
+    gelu_product_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
     frame_causal: Callable[..., Tensor]
     attend: Callable[..., Tensor]
 
@@ -49,8 +53,9 @@ def select_kernels(
 ) -> KernelSet:
     """The kernels called `name` for `device`, `dtype` and the head sizes `head_dims` of attention by name.
 
-    "reference" runs everywhere. "fused": Triton kernels with flash-attn-4 (compute capability 9.x). "flex": Triton
-    kernels with FlexAttention (8.0 and newer). Both raise KernelsUnavailable with the reason where they cannot run.
+    "reference" runs everywhere. "fused": Triton kernels with flash-attn-4 and quack-kernels (compute capability
+    9.x). "flex": Triton kernels with FlexAttention (8.0 and newer). Both raise KernelsUnavailable with the reason where
+    they cannot run.
     "auto" takes the fastest that can and logs it.
     """
     if name not in NAMES:
@@ -73,6 +78,7 @@ def select_kernels(
 
 
 def _reference(dtype: torch.dtype) -> KernelSet:
+    products = PlainProducts(linear_reference.gelu_backward)
     return KernelSet(
         name="reference",
         dtype=dtype,
@@ -82,10 +88,23 @@ def _reference(dtype: torch.dtype) -> KernelSet:
         layer_norm=adaln_reference.layer_norm,
         split_heads=rope_reference.split_heads,
         column_sum=linear_reference.column_sum,
-        gelu_backward=linear_reference.gelu_backward,
+        product=products.product,
+        gelu_product=products.gelu_product,
+        gelu_product_backward=products.gelu_product_backward,
         frame_causal=attention_reference.frame_causal,
         attend=attention_reference.attend,
     )
+
+
+def _products(name: str, plain: PlainProducts) -> PlainProducts | QuackProducts:
+    """flash-attn-4 comes with quack-kernels, but with any of several versions of it."""
+    if name != "fused":
+        return plain
+    try:
+        return QuackProducts(plain)
+    except QuackUnavailable as error:
+        logger.warning("%s; products and activations run apart: some 5 %% of a step slower", error)
+        return plain
 
 
 def _named(name: str, device: torch.device, dtype: torch.dtype, head_dims: Mapping[str, int]) -> KernelSet:
@@ -115,6 +134,7 @@ def _named(name: str, device: torch.device, dtype: torch.dtype, head_dims: Mappi
             attention = importlib.import_module("megatron_ext.kernels.attention.flex").FlexAttention(device)
     except FlashUnavailable as error:
         raise KernelsUnavailable(f"{here}: {error}; or use flex") from None
+    products = _products(name, PlainProducts(linear.gelu_backward))
     return KernelSet(
         name=name,
         dtype=dtype,
@@ -124,7 +144,9 @@ def _named(name: str, device: torch.device, dtype: torch.dtype, head_dims: Mappi
         layer_norm=fused_layer_norm() or adaln.layer_norm,
         split_heads=rope.split_heads,
         column_sum=linear.column_sum,
-        gelu_backward=linear.gelu_backward,
+        product=products.product,
+        gelu_product=products.gelu_product,
+        gelu_product_backward=products.gelu_product_backward,
         frame_causal=attention.frame_causal,
         attend=attention.attend,
     )

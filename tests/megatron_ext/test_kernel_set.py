@@ -9,9 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.quack_stand_in import hide_quack, install_quack
 
 from megatron_ext.kernels import kernel_set
 from megatron_ext.kernels.kernel_set import KernelsUnavailable, select_kernels
+from megatron_ext.kernels.linear.products import PlainProducts
+from megatron_ext.kernels.linear.quack import QuackProducts
 
 CPU = torch.device("cpu")
 
@@ -85,5 +88,24 @@ def test_auto_takes_the_fastest_that_can(
         chosen = select_kernels("auto", CUDA, torch.bfloat16, sizes)
     assert chosen.name == expected and f"kernels: {expected}, chosen" in caplog.text
     backend = "reference" if expected == "reference" else "triton"
-    for kernel in (chosen.adaln, chosen.split_heads, chosen.column_sum, chosen.gelu_backward):
+    for kernel in (chosen.adaln, chosen.split_heads, chosen.column_sum):
         assert kernel.__module__.endswith(f".{backend}")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_fused_without_quack_says_so_and_runs(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, there: bool
+) -> None:
+    on_gpu(monkeypatch, 9, flash=True)
+    install_quack(monkeypatch) if there else hide_quack(monkeypatch)
+    chosen = select_kernels("fused", CUDA, torch.bfloat16, LITE)
+    assert isinstance(chosen.product.__self__, QuackProducts if there else PlainProducts)  # type: ignore[attr-defined]
+    assert ("quack-kernels 0.6.5 or an equal of it does not import" in caplog.text) != there
+    assert len(caplog.records) == (0 if there else 1)
+
+
+def test_flex_runs_without_quack(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu(monkeypatch, 8)
+    install_quack(monkeypatch)
+    chosen = select_kernels("flex", CUDA, torch.bfloat16, LITE)
+    assert isinstance(chosen.gelu_product.__self__, PlainProducts)  # type: ignore[attr-defined]

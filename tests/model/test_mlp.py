@@ -85,7 +85,7 @@ def counted(calls: list[str], plain: KernelSet) -> KernelSet:
 
         return call
 
-    return replace(plain, column_sum=noted("column_sum"), gelu_backward=noted("gelu_backward"))
+    return replace(plain, column_sum=noted("column_sum"), gelu_product_backward=noted("gelu_product_backward"))
 
 
 @pytest.mark.parametrize("frozen", ["x", "weight", "bias"])
@@ -144,4 +144,4 @@ def test_the_kernels_sum_every_bias_gradient_of_a_block() -> None:
     path = FullPath(ChunkRule(2, None, 0), set_of_kernels, span)
     x, t_mod, text = torch.randn(1, 2, 6, 64), torch.randn(1, 2, 6, 64), torch.randn(1, 3, 64)
     block(x, t_mod, text, rotary, path).sum().backward()
-    assert sorted(calls) == ["column_sum"] * 6 + ["gelu_backward"]
+    assert sorted(calls) == ["column_sum"] * 6 + ["gelu_product_backward"]
