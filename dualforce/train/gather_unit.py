@@ -67,7 +67,7 @@ class GatherUnit(nn.Module):
         self._partitioned = partitioned
         self._graph = None
         if graphs is not None and recompute != "offload":
-            self._graph = UnitGraph(self._run, graphs, recompute != "none")
+            self._graph = UnitGraph(self._run, graphs, recompute != "none", lend=partitioned)
 
     def forward(self, *args: Any) -> Any:
         """The wrapped module's forward."""

@@ -6,8 +6,8 @@ torch.cuda.make_graphed_callables) and from then on replayed. What a graph reads
 
 - flat parameters: ZeRO-3 gathers them anywhere, so they are copied to one place that all units share;
 - inputs: copied to fixed places, except where one already is the fixed output of the unit before;
-- outputs, input gradients: fixed, valid until the next replay. Gradients of flat parameters are handed out as copies,
-  since DeepSpeed reduces them on a stream of its own.
+- outputs, input gradients: fixed, valid until the next replay. So are gradients of flat parameters under ZeRO-3, which
+  reduces them before the next backward; who keeps them longer, to add up, is handed copies.
 
 All graphs share one memory pool. They must be replayed in the order of their capture, forward through the layers and
 back, which is the order of every training step.
@@ -130,10 +130,11 @@ class GraphPool:
 
 class UnitGraph:
     """Runs `run(flats, *args)` as it is at first and as graphs from then on, for each kind of arguments (shapes, types,
-    constants) that comes often enough. What comes after `MAX_KINDS` of them runs as it is."""
+    constants) that comes often enough. What comes after `MAX_KINDS` of them runs as it is. `lend`: gradients of `flats`
+    are handed out where the graph writes them, to be read before the next backward."""
 
-    def __init__(self, run: Callable[..., Any], pool: GraphPool, recompute: bool) -> None:
-        self._run, self._pool, self._recompute = run, pool, recompute
+    def __init__(self, run: Callable[..., Any], pool: GraphPool, recompute: bool, lend: bool) -> None:
+        self._run, self._pool, self._recompute, self._lend = run, pool, recompute, lend
         self._seen: dict[Any, tuple[int, Any]] = {}  # count, and the arguments' constants, so that no id is used again
         self._captured: dict[Any, _Captured] = {}
         self._told = False
@@ -162,7 +163,7 @@ class UnitGraph:
         kind = _kind(args)
         if kind not in self._captured:
             self._pool.make_room(len(self._captured))
-            self._captured[kind] = _Captured(self._run, self._pool, args, self._recompute)
+            self._captured[kind] = _Captured(self._run, self._pool, args, self._recompute, self._lend)
         return _Replayed.apply(self._captured[kind], flats, *flats(), *_tensors(args))
 
     def drop(self) -> None:
@@ -174,8 +175,10 @@ class UnitGraph:
 class _Captured:
     """The two graphs of a unit and the tensors that they were recorded with."""
 
-    def __init__(self, run: Callable[..., Any], pool: GraphPool, args: tuple[Any, ...], recompute: bool) -> None:
-        self._run, self._pool, self._recompute = run, pool, recompute
+    def __init__(
+        self, run: Callable[..., Any], pool: GraphPool, args: tuple[Any, ...], recompute: bool, lend: bool
+    ) -> None:
+        self._run, self._pool, self._recompute, self._lend = run, pool, recompute, lend
         self._args = _without_tensors(args)
         self._turn = pool.turn()
         self._forward: Recording | None = None
@@ -218,8 +221,9 @@ class _Captured:
             self._out = tuple(out.detach() for out in self._out)  # ends the life of what the forward had saved
             self._pool.fix(self._below[len(flats) :])
         self._backward.repeat()
-        own = [None if grad is None else grad.clone() for grad in self._below[: len(flats)]]
-        return (*own, *(None if grad is None else grad.detach() for grad in self._below[len(flats) :]))
+        below = [None if grad is None else grad.detach() for grad in self._below]
+        own = [grad if grad is None or self._lend else grad.clone() for grad in below[: len(flats)]]
+        return (*own, *below[len(flats) :])
 
     def drop(self) -> None:
         for recording in (self._forward, self._backward):

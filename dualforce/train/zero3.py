@@ -2,16 +2,21 @@
 
 DeepSpeed 0.19.8 turns the gradients of a rank into fp64 for the norm, copies them into one tensor, and scales that in
 place: 36 bytes a parameter beside the 28 of AdamW. They already lie in one tensor in the optimizer's order, so here the
-norm reads them where they are, and one pass scales them into the fp32 gradient that the optimizer gets.
+norm reads them where they are, and one pass scales them into the fp32 gradient that the optimizer gets. PyTorch's AdamW
+on a GPU is one pass with that, and with the copy of the new weights in the model's dtype.
 """
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from megatron_ext.kernels.adamw.reference import Moments, Rates
 
 # How many reductions and gathers may be under way before DeepSpeed makes the host wait for the oldest (2 of each as
 # shipped): two of either are a layer. The host is then far enough ahead that the device has work while the losses,
@@ -31,11 +36,27 @@ def lean_step(engine: Any) -> None:
         held = [sum(p.partition_numel() for p in group) for group in optimizer.fp16_groups]
         if held != [flat.numel() for flat in optimizer.fp32_partitioned_groups_flat]:
             raise RuntimeError("ZeRO-3's gradients do not lie as its weights do: expected DeepSpeed 0.19.8's layout")
-        optimizer.__class__ = type("LeanZero3", (_LeanStep, type(optimizer)), {})
+        kernel = _one_pass(optimizer)
+        own = (_LeanStep,) if kernel is None else (_OnePassAdamW, _LeanStep)
+        optimizer.__class__, optimizer.adamw_step = type("LeanZero3", (*own, type(optimizer)), {}), kernel
         if isinstance(optimizer.reduce_and_partition_stream, torch.cuda.Stream):
             optimizer.reduce_and_partition_stream = WaitedStream()
             optimizer.max_param_reduce_events = REDUCTIONS_AHEAD
             setattr(optimizer.parameter_offload.get_param_coordinator(), GATHERS, GATHERS_AHEAD)
+
+
+def _one_pass(optimizer: Any) -> Callable[..., None] | None:
+    """The kernel for the whole step, where the step is that of PyTorch's AdamW on a GPU, all its tensors there."""
+    inner, flats = optimizer.optimizer, optimizer.fp32_partitioned_groups_flat + optimizer.fp16_partitioned_groups_flat
+    if type(inner) is not torch.optim.AdamW or not all(flat is not None and flat.is_cuda for flat in flats):
+        return None
+    if any(group["amsgrad"] or group["maximize"] for group in inner.param_groups):
+        return None
+    try:
+        kernel: Callable[..., None] = importlib.import_module("megatron_ext.kernels.adamw.triton").adamw_step
+    except ImportError:
+        return None  # without Triton: the same step in more passes
+    return kernel
 
 
 def fill_sizes(config: dict[str, Any], units: list[int]) -> dict[str, Any]:
@@ -81,15 +102,61 @@ class _LeanStep:
         """Nothing: `unscale_and_clip_grads` makes the fp32 gradient."""
 
     def unscale_and_clip_grads(self, sub_group_id: int, total_norm: Tensor) -> None:
+        # [1] and not a number: bf16 times an fp32 tensor of one element is computed and kept in fp32.
+        scale = self._scale(total_norm).view(1)
+        self.fp32_partitioned_groups_flat[sub_group_id].grad = self._gradients(sub_group_id) * scale
+        self.averaged_gradients[sub_group_id] = None
+
+    def _scale(self, total_norm: Tensor) -> Tensor:
+        """What the gradients are multiplied by, fp32: clipping, and the loss's scale taken back."""
         clip = torch.ones_like(total_norm)
         if self.clip_grad > 0:
             clip = torch.clamp((total_norm / self.loss_scale + 1e-6) / self.clip_grad, min=1.0)
-        scale = 1.0 / (clip * self.loss_scale)
-        # [1] and not a number: bf16 times an fp32 tensor of one element is computed and kept in fp32.
-        self.fp32_partitioned_groups_flat[sub_group_id].grad = self._gradients(sub_group_id) * scale.float().view(1)
-        self.averaged_gradients[sub_group_id] = None
+        return (1.0 / (clip * self.loss_scale)).float()
 
     def _gradients(self, sub_group_id: int) -> Tensor:
         """All gradients of a sub-group as they lie in the buffer, [N]."""
         sizes = [group.numel() for group in self.fp32_partitioned_groups_flat]
         return self.grad_partitions_flat_buffer.narrow(0, sum(sizes[:sub_group_id]), sizes[sub_group_id])
+
+
+class _OnePassAdamW:
+    """Methods that replace those of _LeanStep and of DeepSpeedZeroOptimizer_Stage3 where AdamW is one pass. What AdamW
+    remembers stays in the optimizer's state, as PyTorch keeps it."""
+
+    adamw_step: Callable[..., None]
+    optimizer: torch.optim.AdamW
+    sub_group_to_group_id: dict[int, int]
+    fp32_partitioned_groups_flat: list[Tensor]
+    fp16_partitioned_groups_flat: list[Tensor]
+    averaged_gradients: dict[int, list[Tensor] | None]
+    _scale: Callable[[Tensor], Tensor]
+    _gradients: Callable[[int], Tensor]
+    _unflatten_partitioned_parameters: Callable[[int], None]
+    _factor: Tensor
+
+    def unscale_and_clip_grads(self, sub_group_id: int, total_norm: Tensor) -> None:
+        self._factor = self._scale(total_norm)
+
+    def _optimizer_step(self, sub_group_id: int) -> None:
+        weights = self.fp32_partitioned_groups_flat[sub_group_id]
+        group = self.optimizer.param_groups[self.sub_group_to_group_id[sub_group_id]]
+        rates = Rates(float(group["lr"]), group["betas"], group["eps"], group["weight_decay"])
+        gradients, copy = self._gradients(sub_group_id), self.fp16_partitioned_groups_flat[sub_group_id]
+        with torch.no_grad():
+            self.adamw_step(weights, _moments(self.optimizer, weights), gradients, self._factor, copy.data, rates)
+        self.averaged_gradients[sub_group_id] = None
+
+    def _reassign_or_swap_out_partitioned_parameters(self, sub_group_id: int) -> None:
+        self._unflatten_partitioned_parameters(sub_group_id)  # the weights are there already
+
+
+def _moments(optimizer: torch.optim.AdamW, weights: Tensor) -> Moments:
+    """Of these weights; zeros before their first step."""
+    state = optimizer.state[weights]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=weights.device)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weights), torch.zeros_like(weights)
+    if state["step"].device != weights.device:  # a checkpoint of a step that was not one of PyTorch's fused ones
+        state["step"] = state["step"].to(weights.device)
+    return Moments(state["exp_avg"], state["exp_avg_sq"], state["step"])

@@ -14,6 +14,7 @@ from invariants.zero3_cases import CLIP, SPOILT, STEPS
 pytestmark = pytest.mark.timeout(600)
 
 CASES = ["fp32 x1", "bf16 x1", "bf16 x2"]
+OWN = ["ours", "one-pass"]  # the second with AdamW in the same pass, as on a GPU
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +25,11 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads(out.read_text())
 
 
+@pytest.mark.parametrize("step", OWN)
 @pytest.mark.parametrize("case", CASES)
-def test_step_is_that_of_deepspeed(measured: dict[str, Any], case: str) -> None:
-    ours, theirs = measured[f"ours {case}"], measured[f"deepspeed {case}"]
-    finite = [norm for step, norm in enumerate(theirs["norms"]) if step != SPOILT]
+def test_step_is_that_of_deepspeed(measured: dict[str, Any], case: str, step: str) -> None:
+    ours, theirs = measured[f"{step} {case}"], measured[f"deepspeed {case}"]
+    finite = [norm for number, norm in enumerate(theirs["norms"]) if number != SPOILT]
     assert all(norm > 2 * CLIP for norm in finite)  # clipping was at work
     # Sums in another order: a rounding of fp32 in the norm, which scales every gradient; AdamW's first update depends
     # on such a scale through eps alone.
@@ -39,11 +41,18 @@ def test_step_is_that_of_deepspeed(measured: dict[str, Any], case: str) -> None:
     assert all(a == b or math.isclose(a, b, rel_tol=1e-2) for a, b in pairs)
 
 
+@pytest.mark.parametrize("own", OWN)
 @pytest.mark.parametrize("case", CASES)
-def test_step_without_finite_gradients_is_left_out(measured: dict[str, Any], case: str) -> None:
+def test_step_without_finite_gradients_is_left_out(measured: dict[str, Any], case: str, own: str) -> None:
     expected = [step != SPOILT for step in range(STEPS)]
-    assert measured[f"ours {case}"]["moved"] == expected
-    assert not math.isfinite(measured[f"ours {case}"]["norms"][SPOILT])
+    assert measured[f"{own} {case}"]["moved"] == expected
+    assert not math.isfinite(measured[f"{own} {case}"]["norms"][SPOILT])
+
+
+@pytest.mark.parametrize("own", OWN)
+@pytest.mark.parametrize("case", CASES)
+def test_the_model_has_the_new_weights(measured: dict[str, Any], case: str, own: str) -> None:
+    assert measured[f"{own} {case}"]["copied"]
 
 
 @pytest.mark.parametrize("case", CASES)

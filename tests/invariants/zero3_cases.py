@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 from dualforce import launch
 from dualforce.model.placement import Place
 from dualforce.train import engine as engine_module
+from dualforce.train import zero3
 from dualforce.train.gather_unit import GatherUnit
+from megatron_ext.kernels.adamw.reference import adamw_step
 from megatron_ext.parallel.grid import ProcessGrid
 
 WIDTH, LAYERS, STEPS, SPOILT = 24, 8, 6, 3
@@ -75,7 +78,7 @@ def train(engine: Any, dtype: torch.dtype, accumulation: int) -> dict[str, Any]:
         most = max(most, sum(flat.ds_numel for flat in flats if flat.ds_status != ZeroParamStatus.NOT_AVAILABLE))
         return tuple(getattr(unit, flat) for flat in unit.layout)
 
-    masters = engine.optimizer.fp32_partitioned_groups_flat
+    masters, copies = engine.optimizer.fp32_partitioned_groups_flat, engine.optimizer.fp16_partitioned_groups_flat
     for step in range(STEPS):
         before = [flat.detach().clone() for flat in masters]
         for _ in range(accumulation):
@@ -93,16 +96,23 @@ def train(engine: Any, dtype: torch.dtype, accumulation: int) -> dict[str, Any]:
         "whole": most,
         "unit": max(sum(flat.ds_numel for flat in unit.parameters()) for unit in engine.module.layers),
         "first": first,
+        "copied": all(torch.equal(a.to(b.dtype), b) for a, b in zip(masters, copies, strict=True)),
     }
+
+
+STEPS_OF = {
+    "ours": contextlib.nullcontext,
+    "one-pass": lambda: mock.patch.object(zero3, "_one_pass", lambda optimizer: adamw_step),  # else a GPU's alone
+    "deepspeed": lambda: mock.patch.object(engine_module, "lean_step", lambda engine: None),
+}
 
 
 def main() -> None:
     launch.start(1, seed=0)
     grid, rows = ProcessGrid.build(1, torch.device("cpu")), {}
     for bf16, accumulation in ((False, 1), (True, 1), (True, 2)):
-        for name in ("ours", "deepspeed"):
-            own = mock.patch.object(engine_module, "lean_step", lambda engine: None)
-            with own if name == "deepspeed" else mock.MagicMock():
+        for name, other in STEPS_OF.items():
+            with other():
                 engine = engine_module.build_engine(Stack, config(bf16, accumulation, grid.world), grid)
             found = train(engine, torch.bfloat16 if bf16 else torch.float32, accumulation)
             rows[f"{name} {'bf16' if bf16 else 'fp32'} x{accumulation}"] = found

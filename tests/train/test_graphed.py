@@ -250,6 +250,25 @@ def test_sizes_beyond_the_last_run_as_they_are(monkeypatch: pytest.MonkeyPatch) 
     assert Again.count == 0 and len(units[0]._graph._captured) == 2
 
 
+@pytest.mark.parametrize("partitioned", [False, True])
+def test_gradients_that_are_kept_are_copies(partitioned: bool) -> None:
+    """ZeRO-3 takes them away before the next backward; elsewhere those of several clips are added up in place."""
+    torch.manual_seed(1)
+    unit = GatherUnit(Layer(True), "none", partitioned=partitioned, graphs=GraphPool(Again))
+    flat = unit.matrices
+    for step in range(WARM_UP + 1):
+        flat.grad = None
+        run([unit], step)
+    first = flat.grad
+    assert first is not None
+    value, place = first.clone(), captured_of(unit)._below[0]
+    assert (first.data_ptr() == place.data_ptr()) == partitioned
+    if not partitioned:
+        flat.grad = None
+        run([unit], 11)
+        assert torch.equal(first, value) and not torch.equal(first, place)
+
+
 def test_graphs_are_given_up_once() -> None:
     _, units = made("none")
     for step in range(WARM_UP + 1):
