@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from megatron_ext.kernels.adamw.reference import Moments, Rates
 # whose launches are many and short, and the optimizer's step are prepared.
 REDUCTIONS_AHEAD, GATHERS_AHEAD = 8, 6
 GATHERS = "_PartitionedParameterCoordinator__max_ongoing_fetch_events"
+PARTITIONS = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 
 
 def lean_step(engine: Any) -> None:
@@ -80,6 +81,15 @@ class WaitedStream(torch.cuda.Stream):
         torch.cuda.current_stream().wait_stream(self)
 
 
+def average_scattered(place: Tensor, gradient: Tensor, group: Any) -> None:
+    """place [N/ranks] = this rank's part of the mean over the group's ranks of gradient [N]."""
+    if dist.get_backend(group) == "nccl":
+        dist.reduce_scatter_tensor(place, gradient, dist.ReduceOp.AVG, group)
+    else:  # gloo has no mean
+        dist.reduce_scatter_tensor(place, gradient, dist.ReduceOp.SUM, group)
+        place.div_(dist.get_world_size(group))
+
+
 class _LeanStep:
     """Methods that replace those of DeepSpeedZeroOptimizer_Stage3."""
 
@@ -90,6 +100,35 @@ class _LeanStep:
     dp_process_group: Any
     loss_scale: float
     clip_grad: float
+    micro_step_id: int
+    postscale_gradients: bool
+    gradient_predivide_factor: float
+    all2all_process_group: Any
+    _offload_boundary_param_ids: set[int]
+
+    def _DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads(self, params: list[Any], dtype: torch.dtype) -> list[Tensor]:
+        """A unit's matrices, which come alone, go straight to their place: DeepSpeed divides them in one pass and
+        copies the rank's part in another."""
+        param = params[0]
+        place, group = getattr(self, PARTITIONS)[param.ds_id], param.ds_process_group
+        alone = len(params) == 1 and param.grad.numel() == place.numel() * dist.get_world_size(group)
+        plain = self.all2all_process_group is None and (
+            not self.postscale_gradients or self.gradient_predivide_factor == 1.0
+        )
+        if not (alone and plain and self.micro_step_id == 0 and dtype == param.grad.dtype == place.dtype):
+            return cast(list[Tensor], super()._DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads(params, dtype))  # type: ignore[misc]
+        average_scattered(place, param.grad.view(-1), group)
+        return [place]
+
+    def partition_grads(self, params: list[Any], partitions: list[Tensor]) -> Any:
+        param = params[0]
+        if partitions[0].data_ptr() != getattr(self, PARTITIONS)[param.ds_id].data_ptr():
+            return super().partition_grads(params, partitions)  # type: ignore[misc]
+        self._offload_boundary_param_ids.add(param.ds_id)
+        if param.grad.is_cuda:
+            param.grad.record_stream(torch.cuda.current_stream())
+        param.grad = None
+        return partitions
 
     def _get_norm_groups(self) -> list[Tensor]:
         """One group: the norm of all gradients, summed in fp64; DeepSpeed leaves a step out where it is not finite."""
@@ -102,17 +141,13 @@ class _LeanStep:
         """Nothing: `unscale_and_clip_grads` makes the fp32 gradient."""
 
     def unscale_and_clip_grads(self, sub_group_id: int, total_norm: Tensor) -> None:
-        # [1] and not a number: bf16 times an fp32 tensor of one element is computed and kept in fp32.
-        scale = self._scale(total_norm).view(1)
-        self.fp32_partitioned_groups_flat[sub_group_id].grad = self._gradients(sub_group_id) * scale
-        self.averaged_gradients[sub_group_id] = None
-
-    def _scale(self, total_norm: Tensor) -> Tensor:
-        """What the gradients are multiplied by, fp32: clipping, and the loss's scale taken back."""
         clip = torch.ones_like(total_norm)
         if self.clip_grad > 0:
             clip = torch.clamp((total_norm / self.loss_scale + 1e-6) / self.clip_grad, min=1.0)
-        return (1.0 / (clip * self.loss_scale)).float()
+        scale = 1.0 / (clip * self.loss_scale)
+        # [1] and not a number: bf16 times an fp32 tensor of one element is computed and kept in fp32.
+        self.fp32_partitioned_groups_flat[sub_group_id].grad = self._gradients(sub_group_id) * scale.float().view(1)
+        self.averaged_gradients[sub_group_id] = None
 
     def _gradients(self, sub_group_id: int) -> Tensor:
         """All gradients of a sub-group as they lie in the buffer, [N]."""
@@ -122,7 +157,11 @@ class _LeanStep:
 
 class _OnePassAdamW:
     """Methods that replace those of _LeanStep and of DeepSpeedZeroOptimizer_Stage3 where AdamW is one pass. What AdamW
-    remembers stays in the optimizer's state, as PyTorch keeps it."""
+    remembers stays in the optimizer's state, as PyTorch keeps it.
+
+    DeepSpeed has just waited for the norm, to see whether it is finite. So numbers are read and computed on the host:
+    on the device each would be a launch of its own, with nothing beside it to run.
+    """
 
     adamw_step: Callable[..., None]
     optimizer: torch.optim.AdamW
@@ -130,33 +169,37 @@ class _OnePassAdamW:
     fp32_partitioned_groups_flat: list[Tensor]
     fp16_partitioned_groups_flat: list[Tensor]
     averaged_gradients: dict[int, list[Tensor] | None]
-    _scale: Callable[[Tensor], Tensor]
+    loss_scale: float
+    clip_grad: float
     _gradients: Callable[[int], Tensor]
     _unflatten_partitioned_parameters: Callable[[int], None]
-    _factor: Tensor
+    _scale: float
 
     def unscale_and_clip_grads(self, sub_group_id: int, total_norm: Tensor) -> None:
-        self._factor = self._scale(total_norm)
+        clip = max((float(total_norm) / self.loss_scale + 1e-6) / self.clip_grad, 1.0) if self.clip_grad > 0 else 1.0
+        self._scale = 1.0 / (clip * self.loss_scale)
 
     def _optimizer_step(self, sub_group_id: int) -> None:
-        weights = self.fp32_partitioned_groups_flat[sub_group_id]
+        weights, copy = (
+            flats[sub_group_id] for flats in (self.fp32_partitioned_groups_flat, self.fp16_partitioned_groups_flat)
+        )
         group = self.optimizer.param_groups[self.sub_group_to_group_id[sub_group_id]]
         rates = Rates(float(group["lr"]), group["betas"], group["eps"], group["weight_decay"])
-        gradients, copy = self._gradients(sub_group_id), self.fp16_partitioned_groups_flat[sub_group_id]
+        state = _state(self.optimizer, weights)
+        moments, number = Moments(state["exp_avg"], state["exp_avg_sq"]), int(state["step"].item()) + 1
         with torch.no_grad():
-            self.adamw_step(weights, _moments(self.optimizer, weights), gradients, self._factor, copy.data, rates)
+            self.adamw_step(weights, moments, self._gradients(sub_group_id), copy.data, rates, self._scale, number)
+            state["step"] += 1
         self.averaged_gradients[sub_group_id] = None
 
     def _reassign_or_swap_out_partitioned_parameters(self, sub_group_id: int) -> None:
         self._unflatten_partitioned_parameters(sub_group_id)  # the weights are there already
 
 
-def _moments(optimizer: torch.optim.AdamW, weights: Tensor) -> Moments:
+def _state(optimizer: torch.optim.AdamW, weights: Tensor) -> dict[str, Tensor]:
     """Of these weights; zeros before their first step."""
-    state = optimizer.state[weights]
+    state: dict[str, Tensor] = optimizer.state[weights]
     if not state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=weights.device)
         state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weights), torch.zeros_like(weights)
-    if state["step"].device != weights.device:  # a checkpoint of a step that was not one of PyTorch's fused ones
-        state["step"] = state["step"].to(weights.device)
-    return Moments(state["exp_avg"], state["exp_avg_sq"], state["step"])
+    return state

@@ -30,9 +30,9 @@ def test_twice_the_same_bits() -> None:
     count, found = 100_003, []
     grad, start = torch.randn(count, device="cuda").bfloat16(), torch.randn(count, device="cuda")
     for _ in range(2):
-        weights, moments = start.clone(), Moments(*torch.zeros(2, count, device="cuda"), torch.zeros((), device="cuda"))
+        weights, moments = start.clone(), Moments(*torch.zeros(2, count, device="cuda"))
         copy = torch.empty(count, device="cuda", dtype=torch.bfloat16)
-        for _ in range(3):
-            adamw_step(weights, moments, grad, torch.ones(1, device="cuda"), copy, RATES)
+        for number in (1, 2, 3):
+            adamw_step(weights, moments, grad, copy, RATES, 1.0, number)
         found.append(torch.stack((weights, moments.mean, moments.square)))
     assert torch.equal(*found)

@@ -25,15 +25,13 @@ def check_steps(adamw_step: Any, count: int, dtype: torch.dtype, device: str = "
     weights = some()
     wide = weights.double().requires_grad_()
     exact = torch.optim.AdamW([wide], **RATES._asdict())
-    moments = Moments(torch.zeros_like(weights), torch.zeros_like(weights), torch.zeros((), device=device))
-    factor = torch.tensor([scale], device=device)
-    for _ in range(STEPS):
+    moments = Moments(torch.zeros_like(weights), torch.zeros_like(weights))
+    for number in range(1, STEPS + 1):
         grad, copy = some().to(dtype), torch.full((count,), torch.nan, dtype=dtype, device=device)
-        adamw_step(weights, moments, grad, factor, copy, RATES)
-        wide.grad = grad.double() * factor.double()
+        adamw_step(weights, moments, grad, copy, RATES, scale, number)
+        wide.grad = grad.double() * scale
         exact.step()
         assert torch.equal(copy, weights.to(dtype))
     state = exact.state[wide]
     for found, wanted in ((weights, wide), (moments.mean, state["exp_avg"]), (moments.square, state["exp_avg_sq"])):
         torch.testing.assert_close(found.double(), wanted.detach(), rtol=RTOL, atol=ATOL)
-    assert moments.step.item() == STEPS

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.launches import Launch, launch_all
-from invariants.zero3_cases import CLIP, SPOILT, STEPS
+from invariants.zero3_cases import CLIP, LAYERS, SPOILT, STEPS
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -60,3 +60,11 @@ def test_at_most_three_layers_of_eight_are_whole(measured: dict[str, Any], case:
     """The one at work, the next, and one that is being fetched or let go; vectors are kept whole."""
     row = measured[f"ours {case}"]
     assert row["unit"] < row["whole"] <= 3.5 * row["unit"]
+
+
+@pytest.mark.parametrize(
+    ("case", "a_layer"), [("ours fp32 x1", 2), ("ours bf16 x1", 2), ("ours bf16 x2", 0), ("deepspeed bf16 x1", 0)]
+)
+def test_gradients_go_straight_to_their_place(measured: dict[str, Any], case: str, a_layer: int) -> None:
+    """Matrices and vectors, where they are not added to those of other clips and are kept in their own dtype."""
+    assert measured[case]["straight"] == a_layer * LAYERS * STEPS

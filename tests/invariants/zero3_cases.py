@@ -79,12 +79,16 @@ def train(engine: Any, dtype: torch.dtype, accumulation: int) -> dict[str, Any]:
         return tuple(getattr(unit, flat) for flat in unit.layout)
 
     masters, copies = engine.optimizer.fp32_partitioned_groups_flat, engine.optimizer.fp16_partitioned_groups_flat
+    straight = mock.Mock(wraps=zero3.average_scattered)
     for step in range(STEPS):
         before = [flat.detach().clone() for flat in masters]
         for _ in range(accumulation):
             x = torch.randn(5, WIDTH, generator=source).to(dtype)
             x[0, 0] = torch.inf if step == SPOILT else x[0, 0]
-            with mock.patch.object(GatherUnit, "_flats", look):
+            with (
+                mock.patch.object(GatherUnit, "_flats", look),
+                mock.patch.object(zero3, "average_scattered", straight),
+            ):
                 engine.backward(engine(x).clone(), scale_wrt_gas=False)
             engine.step()
         norms.append(float(engine.get_global_grad_norm()))
@@ -93,6 +97,7 @@ def train(engine: Any, dtype: torch.dtype, accumulation: int) -> dict[str, Any]:
     return {
         "norms": norms,
         "moved": moved,
+        "straight": straight.call_count,
         "whole": most,
         "unit": max(sum(flat.ds_numel for flat in unit.parameters()) for unit in engine.module.layers),
         "first": first,

@@ -23,9 +23,9 @@ def test_a_gradient_in_bf16() -> None:
     grad = torch.randn(70).bfloat16()
     found = []
     for one in (grad, grad.float()):
-        weights, moments = torch.ones(70), Moments(torch.zeros(70), torch.zeros(70), torch.zeros(()))
+        weights, moments = torch.ones(70), Moments(torch.zeros(70), torch.zeros(70))
         copy = torch.empty(70, dtype=one.dtype)
-        adamw_step(weights, moments, one, torch.tensor([2.0]), copy, RATES)
+        adamw_step(weights, moments, one, copy, RATES, 2.0, 1)
         torch.testing.assert_close(copy.float(), weights, rtol=2**-7, atol=0)
         found.append(torch.stack((weights, moments.mean, moments.square)))
     assert torch.equal(*found)
@@ -35,6 +35,6 @@ def test_nothing_beyond_the_end_is_written() -> None:
     room = torch.full((40,), 7.0)
     weights, mean, square, copy = (room.clone() for _ in range(4))
     parts = [x[:33] for x in (weights, mean, square, copy)]
-    adamw_step(parts[0], Moments(parts[1], parts[2], torch.zeros(())), torch.ones(33), torch.ones(1), parts[3], RATES)
+    adamw_step(parts[0], Moments(parts[1], parts[2]), torch.ones(33), parts[3], RATES, 1.0, 1)
     for x in (weights, mean, square, copy):
         assert torch.equal(x[33:], room[33:]) and not (x[:33] == 7.0).any()

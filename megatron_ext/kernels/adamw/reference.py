@@ -19,22 +19,23 @@ class Rates(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """What AdamW remembers: running means of the gradient and its square, fp32 [N], and the steps so far, fp32 []."""
+    """What AdamW remembers: running means of the gradient and of its square, fp32 [N]."""
 
     mean: Tensor
     square: Tensor
-    step: Tensor
 
 
-def adamw_step(weights: Tensor, moments: Moments, grad: Tensor, scale: Tensor, copy: Tensor, rates: Rates) -> None:
-    """One step of AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2; decay by lr * weight_decay), in
-    place.
+def adamw_step(
+    weights: Tensor, moments: Moments, grad: Tensor, copy: Tensor, rates: Rates, scale: float, number: int
+) -> None:
+    """Step `number` of AdamW, from 1 on (Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2; decay by
+    lr * weight_decay), in place.
 
-    weights fp32 [N]; grad [N] in any float dtype, to be multiplied by scale (fp32, one element); copy [N] gets the new
-    weights in its dtype. Raises ValueError for tensors of other shapes, dtypes or layouts.
+    weights fp32 [N]; grad [N] in any float dtype, to be multiplied by `scale`; copy [N] gets the new weights in its
+    dtype. Raises ValueError for tensors of other shapes, dtypes or layouts.
     """
     check(weights, moments, grad, copy)
-    scale, size, correction = factors(moments.step, scale, rates)
+    size, correction = corrections(rates, number)
     gradient = grad.float() * scale
     moments.mean.lerp_(gradient, 1 - rates.betas[0])
     moments.square.mul_(rates.betas[1]).addcmul_(gradient, gradient, value=1 - rates.betas[1])
@@ -43,12 +44,9 @@ def adamw_step(weights: Tensor, moments: Moments, grad: Tensor, scale: Tensor, c
     copy.copy_(weights)
 
 
-def factors(step: Tensor, scale: Tensor, rates: Rates) -> Tensor:
-    """Raises `step` by one -> fp32 [3]: scale, the step's size lr / (1 - beta_1^step), 1 / sqrt(1 - beta_2^step)."""
-    step += 1
-    taken = step.double()  # beta^step is close to one: in fp32 little would be left of 1 - 0.999
-    size = rates.lr / (1 - rates.betas[0] ** taken)
-    return torch.stack((scale.double().view(()), size, (1 - rates.betas[1] ** taken).rsqrt())).float()
+def corrections(rates: Rates, number: int) -> tuple[float, float]:
+    """The size of the step, lr / (1 - beta_1^number), and 1 / sqrt(1 - beta_2^number)."""
+    return rates.lr / (1 - rates.betas[0] ** number), (1 - rates.betas[1] ** number) ** -0.5
 
 
 def check(weights: Tensor, moments: Moments, grad: Tensor, copy: Tensor) -> None:
