@@ -48,7 +48,7 @@ class AudioAttention(nn.Module):
 
     def forward(self, x: Tensor, audio: Tensor, slots: Tensor) -> Tensor:
         """x [B,F,G*M,D] as G groups of M tokens, audio [B,F,A+2c,W], slots [F,G,S]: group g of frame f sees the audio
-        frames slots[f,g] of its window. Returns x + attention."""
+        frames slots[f,g] of its window. Returns what is to be added to x."""
         frame = torch.arange(slots.shape[0], device=x.device)[:, None, None]
         k, v = self._heads.split(self._heads.project(self.kv, audio), 2, (self.norm_k,), None)
         k, v = (t[:, frame, slots].flatten(0, 2) for t in (k, v))  # [B*F*G,S,N,K]
@@ -57,7 +57,7 @@ class AudioAttention(nn.Module):
         (q,) = self._heads.split(self._heads.project(self.q, normed), 1, (self.norm_q,), None)
         q = q.unflatten(2, (slots.shape[1], -1)).flatten(0, 2)
         out = kernels.attend(q, k, v).flatten(-2)
-        return x + self._heads.project(self.o, out).view_as(x)
+        return self._heads.project(self.o, out).view_as(x)
 
 
 def video_slots(span: FrameSpan, context: int, device: torch.device) -> Tensor:

@@ -30,11 +30,14 @@ class Block(nn.Module):
         self.ffn = Mlp(dim, config.ffn, kernels)
         self._text, self._eps, self._kernels = config.text, eps, kernels
 
-    def forward(self, x: Tensor, t_mod: Tensor, text: Tensor, rotary: Rotary, path: Path) -> Tensor:
-        """x [B,F,T,D], t_mod [B,F,6,D] fp32, text [B,E,D] -> [B,F,T,D]."""
+    def forward(
+        self, x: Tensor, t_mod: Tensor, text: Tensor, rotary: Rotary, path: Path, added: Tensor | None = None
+    ) -> Tensor:
+        """x [B,F,T,D], to which `added` is added, t_mod [B,F,6,D] fp32, text [B,E,D] -> [B,F,T,D]."""
         rows = (self.modulation.to(t_mod.dtype)[:, None] + t_mod).unbind(2)
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = rows
-        attended = self.self_attn(self._kernels.adaln(x, shift_a, scale_a, self._eps), rotary, path)
+        x, u = self._kernels.adaln_residual(x, added, None, shift_a, scale_a, self._eps)
+        attended = self.self_attn(u, rotary, path)
         if not self._text:
             x, u = self._kernels.adaln_residual(x, attended, gate_a, shift_f, scale_f, self._eps)
             return self._kernels.gated_residual(x, self.ffn(u), gate_f)

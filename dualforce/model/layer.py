@@ -64,13 +64,18 @@ class DualLayer(nn.Module):
         """video [B,F,P,D_v], struct [B,F,Q,D_s] -> both, one layer on."""
         if self._bridged:
             video, struct = self.bridge(video, struct, at.bridge, path)
+        heard = struct_heard = None
         if self._hears:
-            video = self.audio_video(video, inputs.audio, at.video_slots)
-            struct = self.audio_struct(struct, inputs.audio, at.struct_slots)
+            heard = self.audio_video(video, inputs.audio, at.video_slots)
+            struct_heard = self.audio_struct(struct, inputs.audio, at.struct_slots)
         rows, text = inputs.video_rows, inputs.video_text
         if not self._has_struct:
-            return self.video(video, rows, text, at.video, path), struct
+            return self.video(video, rows, text, at.video, path, heard), _sum(struct, struct_heard)
         return path.both(
-            lambda: self.video(video, rows, text, at.video, path),
-            lambda: self.struct(struct, inputs.struct_rows, inputs.struct_text, at.struct, path),
+            lambda: self.video(video, rows, text, at.video, path, heard),
+            lambda: self.struct(struct, inputs.struct_rows, inputs.struct_text, at.struct, path, struct_heard),
         )
+
+
+def _sum(x: Tensor, added: Tensor | None) -> Tensor:
+    return x if added is None else x + added

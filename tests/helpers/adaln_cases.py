@@ -45,6 +45,11 @@ def _pair_without_gate(module: Any, leaves: Leaves) -> tuple[Tensor, ...]:
     return module.adaln_residual(leaves["x"], leaves["y"], None, shift, scale, EPS)
 
 
+def _alone(module: Any, leaves: Leaves) -> tuple[Tensor, ...]:
+    shift, scale, _ = _rows(leaves)
+    return module.adaln_residual(leaves["x"], None, None, shift, scale, EPS)
+
+
 def _pair_with_one_row(module: Any, leaves: Leaves) -> tuple[Tensor, ...]:
     x = leaves["x"]
     weight, bias = (leaves[name].expand(*x.shape[:2], x.shape[3]) for name in ("weight", "bias"))
@@ -62,6 +67,7 @@ OPS: dict[str, tuple[Op, tuple[str, ...], tuple[str, ...]]] = {
     "gated": (_gated, ("x", "y", "table"), ("out",)),
     "pair": (_pair, ("x", "y", "table"), ("total", "out")),
     "pair-without-gate": (_pair_without_gate, ("x", "y", "table"), ("total", "out")),
+    "alone": (_alone, ("x", "table"), ("total", "out")),
     "pair-with-one-row": (_pair_with_one_row, ("x", "y", "weight", "bias"), ("total", "out")),
     "layer-norm": (_layer_norm, ("x", "weight", "bias"), ("out",)),
 }
@@ -107,8 +113,10 @@ def exact(name: str, leaves: Leaves, above: Leaves, found: Results, used: Sequen
     taken over as a constant, so what is left of an error belongs to the arithmetic of the norm and of its gradient."""
 
     def adaln_residual(
-        x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
+        x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
+        if y is None:
+            return reference.adaln_residual(x, y, gate, shift, scale, eps)
         total = x + y if gate is None else reference.gated_residual(x, y, gate)
         stored = total + (found["total"].double() - total).detach()
         return total, reference.adaln(stored, shift, scale, eps)

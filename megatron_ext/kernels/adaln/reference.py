@@ -22,9 +22,12 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
 
 def adaln_residual(
-    x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
+    x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """(x + gate * y, adaln of that sum as rounded to x's dtype); without a gate x + y."""
+    """(x + gate * y, adaln of that sum as rounded to x's dtype); without a gate x + y, without a y x alone: its two
+    gradients are then added in the pass of the norm's."""
+    if y is None:
+        return x, adaln(x, shift, scale, eps)
     total = (_fp32(x) + _fp32(y)).to(x.dtype) if gate is None else gated_residual(x, y, gate)
     return total, adaln(total, shift, scale, eps)
 

@@ -44,10 +44,11 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
 
 def adaln_residual(
-    x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
+    x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """(x + gate * y, adaln of that sum); without a gate x + y."""
+    """(x + gate * y, adaln of that sum); without a gate x + y, without a y x alone."""
     _check(x, y, shift, scale, *(() if gate is None else (gate,)))
+    gate = None if y is None else gate
     return _AdaLNResidual.apply(x, y, gate, shift, scale, eps)
 
 
@@ -213,12 +214,13 @@ class _AdaLN(Function):
 class _AdaLNResidual(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, y: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
+        ctx: Any, x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
         _, total, out, stats = _norm_forward(x, y, gate, shift, scale, eps, 1.0)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(total, None if gate is None else y, gate, scale, stats)
-        return total, out
+        ctx.alone = y is None
+        return total, out  # without a y autograd makes a view of x
 
     @staticmethod
     @once_differentiable
@@ -226,9 +228,9 @@ class _AdaLNResidual(Function):
         total, y, gate, scale, stats = ctx.saved_tensors
         if dout is not None:
             dx, dy, rows = _norm_backward(dout, dtotal, total, y, gate, scale, stats, 1.0)
-            return dx, dy, None if gate is None else rows[2], rows[0], rows[1], None
+            return dx, None if ctx.alone else dy, None if gate is None else rows[2], rows[0], rows[1], None
         if dtotal is None or gate is None:
-            return dtotal, dtotal, None, None, None, None
+            return dtotal, None if ctx.alone else dtotal, None, None, None, None
         dy, dgate = _gate_backward(dtotal, y, gate)
         return dtotal, dy, dgate, None, None, None
 
