@@ -6,6 +6,7 @@ sets its own start in `reset_parameters`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, kernels: KernelSet) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.kernels = kernels
+        ctx.kernels, ctx.place = kernels, _place(weight)
         out: Tensor = kernels.product(_rows(x), weight.t(), bias)
         return out.view(*x.shape[:-1], weight.shape[0])
 
@@ -91,7 +92,7 @@ class _Linear(torch.autograd.Function):
         rows = _rows(grad)
         return (
             ctx.kernels.product(rows, weight).view_as(x) if wants_x else None,
-            rows.t() @ _rows(x) if wants_weight else None,
+            _by_weight(rows, _rows(x), ctx.place) if wants_weight else None,
             ctx.kernels.column_sum(rows) if wants_bias else None,
             None,
         )
@@ -104,7 +105,7 @@ class _Mlp(torch.autograd.Function):
     ) -> Tensor:
         hidden, activation = kernels.gelu_product(_rows(x), weight_1.t(), bias_1)
         ctx.save_for_backward(x, hidden, weight_1, weight_2)
-        ctx.kernels = kernels
+        ctx.kernels, ctx.places = kernels, (_place(weight_1), _place(weight_2))
         out: Tensor = kernels.product(activation, weight_2.t(), bias_2)
         return out.view(*x.shape[:-1], weight_2.shape[0])
 
@@ -115,16 +116,29 @@ class _Mlp(torch.autograd.Function):
         wants_x, wants_weight_1, wants_bias_1, wants_weight_2, wants_bias_2, _ = ctx.needs_input_grad
         rows = _rows(grad)
         activation, by_hidden, by_bias_1 = ctx.kernels.gelu_product_backward(rows, weight_2, hidden)
-        by_weight_2 = rows.t() @ activation if wants_weight_2 else None
+        by_weight_2 = _by_weight(rows, activation, ctx.places[1]) if wants_weight_2 else None
         del activation  # as large as hidden
         return (
             ctx.kernels.product(by_hidden, weight_1).view_as(x) if wants_x else None,
-            by_hidden.t() @ _rows(x) if wants_weight_1 else None,
+            _by_weight(by_hidden, _rows(x), ctx.places[0]) if wants_weight_1 else None,
             by_bias_1 if wants_bias_1 else None,
             by_weight_2,
             ctx.kernels.column_sum(rows) if wants_bias_2 else None,
             None,
         )
+
+
+def _place(weight: Tensor) -> Callable[[], Tensor | None] | None:
+    """Where a weight that is a slice of a larger tensor wants its gradient (`train.gather_unit`)."""
+    return getattr(weight, "gradient_place", None)
+
+
+def _by_weight(grad: Tensor, x: Tensor, place: Callable[[], Tensor | None] | None) -> Tensor:
+    """grad [N,D'], x [N,D] -> the weight's gradient [D',D], written where it is wanted."""
+    room = None if place is None else place()
+    if room is None or room.dtype != grad.dtype:
+        return grad.t() @ x
+    return torch.mm(grad.t(), x, out=room)
 
 
 def _rows(x: Tensor) -> Tensor:

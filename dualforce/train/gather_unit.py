@@ -11,8 +11,9 @@ the flat tensors is replaced by the place in them, and read again from what is g
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -96,9 +97,11 @@ class GatherUnit(nn.Module):
         """The wrapped module on views of `flats`."""
         try:
             for flat, slots in zip(flats, self.layout.values(), strict=True):
-                for slot, view in zip(slots, _Views.apply(flat, slots), strict=True):
+                gradient = _Gradient(flat, slots)
+                for slot, view in zip(slots, _Views.apply(flat, gradient), strict=True):
                     owner, attribute = self._owners[slot.name]
                     owner.__dict__[attribute] = view
+                    view.gradient_place = partial(gradient.place, slot)
             return self.inner(*args)
         finally:
             for owner, attribute in self._owners.values():
@@ -135,30 +138,77 @@ class _Place(NamedTuple):
     offset: int
 
 
-class _Views(torch.autograd.Function):
-    """A flat tensor -> its slots; the backward writes the slots' gradients into one flat gradient."""
+class _Gradient:
+    """The gradient of a flat tensor. A product that knows its slot writes there at once; the rest is copied."""
+
+    def __init__(self, flat: Tensor, slots: list[Slot]) -> None:
+        self.slots, self._numel = slots, flat.numel()
+        self._like = flat.new_empty(0)
+        self._room: Tensor | None = None
+        self._written: set[str] = set()
+
+    def place(self, slot: Slot) -> Tensor | None:
+        """Memory for the slot's gradient; None for whoever asks a second time: autograd adds that one up."""
+        if slot.name in self._written:
+            return None
+        self._written.add(slot.name)
+        if self._room is None:
+            self._room = self._like.new_empty(self._numel)
+        return self._of(self._room, slot)
+
+    def whole(self, grads: Sequence[Tensor | None]) -> Tensor | None:
+        """All of it, from the gradients of the slots; a new one begins."""
+        room, self._room = self._room, None
+        self._written.clear()
+        if room is None:
+            return _joined(self.slots, grads, self._numel)
+        reached = 0
+        for slot, grad in zip(self.slots, grads, strict=True):
+            part = self._of(room, slot)
+            room[reached : slot.start].zero_()
+            reached = slot.start + slot.numel
+            if grad is None:
+                part.zero_()
+            elif grad.data_ptr() != part.data_ptr():
+                part.copy_(grad)
+        room[reached:].zero_()
+        return room
 
     @staticmethod
-    def forward(ctx: Any, flat: Tensor, slots: list[Slot]) -> tuple[Tensor, ...]:
-        ctx.slots, ctx.numel = slots, flat.numel()
+    def _of(room: Tensor, slot: Slot) -> Tensor:
+        # Of an alias: a view holds on to what it is of, and autograd copies a gradient that somebody else holds.
+        room = room.detach()
+        return room[slot.start : slot.start + slot.numel].view(slot.shape)
+
+
+def _joined(slots: list[Slot], grads: Sequence[Tensor | None], numel: int) -> Tensor | None:
+    like = next((g for g in grads if g is not None), None)
+    if like is None:
+        return None
+    pieces, reached = [], 0
+    for slot, grad in zip(slots, grads, strict=True):
+        if slot.start > reached:
+            pieces.append(like.new_zeros(slot.start - reached))
+        pieces.append(like.new_zeros(slot.numel) if grad is None else grad.reshape(-1))
+        reached = slot.start + slot.numel
+    if numel > reached:
+        pieces.append(like.new_zeros(numel - reached))
+    return torch.cat(pieces)
+
+
+class _Views(torch.autograd.Function):
+    """A flat tensor -> its slots; the backward makes one flat gradient of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, gradient: _Gradient) -> tuple[Tensor, ...]:
+        ctx.gradient = gradient
         ctx.set_materialize_grads(False)
         data = flat.detach()
-        return tuple(data[s.start : s.start + s.numel].view(s.shape) for s in slots)
+        return tuple(data[s.start : s.start + s.numel].view(s.shape) for s in gradient.slots)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
-        like = next((g for g in grads if g is not None), None)
-        if like is None:
-            return None, None
-        pieces, reached = [], 0
-        for slot, grad in zip(ctx.slots, grads, strict=True):
-            if slot.start > reached:
-                pieces.append(like.new_zeros(slot.start - reached))
-            pieces.append(like.new_zeros(slot.numel) if grad is None else grad.reshape(-1))
-            reached = slot.start + slot.numel
-        if ctx.numel > reached:
-            pieces.append(like.new_zeros(ctx.numel - reached))
-        return torch.cat(pieces), None
+        return ctx.gradient.whole(grads), None
 
 
 def is_matrix(name: str, shape: tuple[int, ...]) -> bool:

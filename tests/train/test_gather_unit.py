@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dualforce.config import LossConfig
 from dualforce.model.dual_tower import DualTower
 from dualforce.model.layer import DualLayer
+from dualforce.model.layers import Mlp, linear
 from dualforce.model.path import FullPath
 from dualforce.model.placement import in_place
 from dualforce.train.engine import parameter_groups
@@ -63,6 +64,52 @@ def test_equals_the_module_bit_for_bit(recompute: Any, partitioned: bool) -> Non
         wanted = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         assert torch.equal(gradients[name], wanted), name
     assert not list(unit.children()) and {name for name, _ in unit.named_parameters()} == {"matrices", "vectors"}
+
+
+class Products(nn.Module):
+    """Weights whose gradients are written into the flat one, one that is used twice, one that autograd brings and one
+    that nothing uses, with an odd size before the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp, self.twice = Mlp(5, 7, kernels()), nn.Linear(5, 5)
+        self.plain, self.unused = nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = linear(self.mlp(x), self.twice.weight, self.twice.bias, kernels())
+        return self.plain(linear(y, self.twice.weight, self.twice.bias, kernels()))
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_products_write_their_slots_of_the_flat_gradient(recompute: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    plain = Products()
+    unit = GatherUnit(copy.deepcopy(plain), recompute, partitioned=True)
+    written: list[Tensor] = []
+    product = torch.mm
+
+    def spied(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+        if out is not None:
+            out.fill_(torch.nan)
+            written.append(out)
+        return product(a, b, out=out)
+
+    monkeypatch.setattr(torch, "mm", spied)
+    for step in range(2):  # a second backward begins a new gradient and leaves the first alone
+        x, before = torch.randn(4, 5), unit.matrices.grad
+        kept = None if before is None else before.clone()
+        plain.zero_grad(), unit.zero_grad()
+        plain(x).pow(2).sum().backward()
+        del written[:]
+        unit(x).pow(2).sum().backward()
+        found = named_gradients(unit)
+        for name, parameter in plain.named_parameters():
+            wanted = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            torch.testing.assert_close(found[name], wanted, rtol=1e-6, atol=1e-6, msg=f"{step} {name}")
+        room = unit.matrices.grad.untyped_storage().data_ptr()
+        assert [tuple(out.shape) for out in written] == [(5, 5), (5, 7), (7, 5)]
+        assert all(out.untyped_storage().data_ptr() == room for out in written)
+        assert kept is None or torch.equal(before, kept)
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
