@@ -160,7 +160,8 @@ class _OnePassAdamW:
     remembers stays in the optimizer's state, as PyTorch keeps it.
 
     DeepSpeed has just waited for the norm, to see whether it is finite. So numbers are read and computed on the host:
-    on the device each would be a launch of its own, with nothing beside it to run.
+    on the device each would be a launch of its own, with nothing beside it to run. All are read before the first
+    sub-group's pass begins, and during the passes the host prepares the next step.
     """
 
     adamw_step: Callable[..., None]
@@ -174,10 +175,16 @@ class _OnePassAdamW:
     _gradients: Callable[[int], Tensor]
     _unflatten_partitioned_parameters: Callable[[int], None]
     _scale: float
+    _taken: list[int]
 
     def unscale_and_clip_grads(self, sub_group_id: int, total_norm: Tensor) -> None:
+        if sub_group_id > 0:
+            return
         clip = max((float(total_norm) / self.loss_scale + 1e-6) / self.clip_grad, 1.0) if self.clip_grad > 0 else 1.0
         self._scale = 1.0 / (clip * self.loss_scale)
+        states = [_state(self.optimizer, weights) for weights in self.fp32_partitioned_groups_flat]
+        steps = torch.stack([state["step"].to(total_norm.device) for state in states])
+        self._taken = [int(step) for step in steps.tolist()]
 
     def _optimizer_step(self, sub_group_id: int) -> None:
         weights, copy = (
@@ -186,7 +193,7 @@ class _OnePassAdamW:
         group = self.optimizer.param_groups[self.sub_group_to_group_id[sub_group_id]]
         rates = Rates(float(group["lr"]), group["betas"], group["eps"], group["weight_decay"])
         state = _state(self.optimizer, weights)
-        moments, number = Moments(state["exp_avg"], state["exp_avg_sq"]), int(state["step"].item()) + 1
+        moments, number = Moments(state["exp_avg"], state["exp_avg_sq"]), self._taken[sub_group_id] + 1
         with torch.no_grad():
             self.adamw_step(weights, moments, self._gradients(sub_group_id), copy.data, rates, self._scale, number)
             state["step"] += 1
