@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-from dualforce import launch
+from helpers.gpu_ranks import run_ranks
 
 pytestmark = pytest.mark.gpu
 
-ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 400  # flash-attn-4 compiles for up to two minutes; NCCL that waits for a graph would wait for ever
 
 
@@ -25,20 +19,7 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
         pytest.skip(f"{torch.cuda.device_count()} CUDA devices: two are needed")
     pytest.importorskip("flash_attn")
     out = tmp_path_factory.mktemp("sequence") / "losses.json"
-    shared = os.environ | {
-        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launch.free_port()),
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
-    }  # fmt: skip
-    command = [sys.executable, "-m", "gpu.sequence_cases", str(out)]
-    ranks = [
-        subprocess.Popen(command, cwd=ROOT, env=shared | {"RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")
-    ]
-    try:
-        codes = [rank.wait(SECONDS) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert codes == [0, 0]
+    assert run_ranks("gpu.sequence_cases", [str(out)], 2, SECONDS) == [0, 0]
     return json.loads(out.read_text())
 
 

@@ -1,4 +1,4 @@
-"""Two processes of ZeRO-3: the project's step beside DeepSpeed's own, and how many parameters are whole at once."""
+"""Processes of ZeRO-3, on GPUs if there are any: the step beside DeepSpeed's own, and how much is whole at once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from dualforce.train import engine as engine_module
 from dualforce.train import zero3
 from dualforce.train.gather_unit import GatherUnit
 from megatron_ext.kernels.adamw.reference import adamw_step
-from megatron_ext.parallel.grid import ProcessGrid
 
 WIDTH, LAYERS, STEPS, SPOILT = 24, 8, 6, 3
 CLIP = 0.05
@@ -83,7 +82,7 @@ def train(engine: Any, dtype: torch.dtype, accumulation: int) -> dict[str, Any]:
     for step in range(STEPS):
         before = [flat.detach().clone() for flat in masters]
         for _ in range(accumulation):
-            x = torch.randn(5, WIDTH, generator=source).to(dtype)
+            x = torch.randn(5, WIDTH, generator=source).to(masters[0].device, dtype)
             x[0, 0] = torch.inf if step == SPOILT else x[0, 0]
             with (
                 mock.patch.object(GatherUnit, "_flats", look),
@@ -98,6 +97,7 @@ def train(engine: Any, dtype: torch.dtype, accumulation: int) -> dict[str, Any]:
         "norms": norms,
         "moved": moved,
         "straight": straight.call_count,
+        "one pass": isinstance(engine.optimizer, zero3._OnePassAdamW),
         "whole": most,
         "unit": max(sum(flat.ds_numel for flat in unit.parameters()) for unit in engine.module.layers),
         "first": first,
@@ -113,8 +113,7 @@ STEPS_OF = {
 
 
 def main() -> None:
-    launch.start(1, seed=0)
-    grid, rows = ProcessGrid.build(1, torch.device("cpu")), {}
+    grid, rows = launch.start(1, seed=0), {}
     for bf16, accumulation in ((False, 1), (True, 1), (True, 2)):
         for name, other in STEPS_OF.items():
             with other():
@@ -124,3 +123,7 @@ def main() -> None:
             engine.destroy()
     if grid.rank == 0:
         Path(sys.argv[1]).write_text(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
