@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from data_shards.edit import Advance, nearest
+from data_shards.manifest import NOT_LISTED
 from data_shards.reader import ShardSet
-from data_shards.schema import FPS, SPLITS, ShardError
+from data_shards.schema import FPS, SPLITS, ShardError, licence_of
 
 
 def describe_set(opened: ShardSet, *, deep: bool = False, advance: Advance = lambda done, total: None) -> list[str]:
@@ -40,7 +41,7 @@ def _rows(opened: ShardSet) -> list[tuple[str, str]]:
         ("video", _duration(opened)),
         *((name, _split(manifest, name)) for name in SPLITS),
         *((f"statistics of {stream}", _range(entry)) for stream, entry in sorted(manifest["statistics"].items())),
-        *_counted("rejected", (str(entry["reason"]) for entry in manifest.get("rejected", []))),
+        *_counted("rejected", _reasons(manifest)),
     ]
 
 
@@ -97,9 +98,15 @@ def _flat(values: Any) -> list[float]:
     return [number for item in values for number in _flat(item)] if isinstance(values, list) else [float(values)]
 
 
-def _counted(title: str, names: Iterable[str]) -> list[tuple[str, str]]:
+def _counted(title: str, names: Iterable[str] | Counter[str]) -> list[tuple[str, str]]:
     counts = sorted(Counter(names).items())
     return [(f"{title} {name}", str(count)) for name, count in counts] or [(title, "0")]
+
+
+def _reasons(manifest: Mapping[str, Any]) -> Counter[str]:
+    found = Counter(str(entry["reason"]) for entry in manifest.get("rejected", []))
+    more = manifest.get("info", {}).get(NOT_LISTED, {})
+    return found + Counter({str(reason): int(count) for reason, count in more.items()})
 
 
 def _licences(opened: ShardSet, advance: Advance) -> Iterator[str]:
@@ -107,7 +114,7 @@ def _licences(opened: ShardSet, advance: Advance) -> Iterator[str]:
     done, total = 0, sum(map(len, readers))
     for reader in readers:
         for index in range(len(reader)):
-            yield str(reader.read(index).meta.get("licence", "not stated"))
+            yield licence_of(reader.read(index).meta)
             done += 1
             advance(done, total)
 

@@ -9,16 +9,20 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from data_shards.alike import check_extractors_alike
+from data_shards.alike import check_clips_once, check_extractors_alike, check_identities_apart
+from data_shards.files import writing
+from data_shards.index import MAX_CLIPS
+from data_shards.mentions import Names, tells, texts, without
 from data_shards.reader import ShardSet
-from data_shards.schema import SPLITS, ClipSample, ShardError, check_key, fail
+from data_shards.schema import SPLITS, ClipSample, ShardError, check_key, fail, licence_of
+from data_shards.shard import own_files
 from data_shards.writer import ShardSetWriter
 
 Advance = Callable[[int, int], None]  # after each clip: how many are done, of how many
@@ -44,8 +48,9 @@ def merge(
     """Write the clips of two or more sets to `out`, set after set; returns the new manifest.
 
     `prefix` puts the number of the set before every key: "2-KEY" for the second.
-    Raises ShardError for `out` (check_out), a set given twice, extractors or frames that differ, a key in two sets, and
-    an identity that would be in both splits.
+    Raises ShardError for `out` (check_out), a set given twice, extractors or frames that differ, a key in two sets, an
+    identity that would be in both splits, more clips than a set may have, and, with a prefix too, a clip that is in two
+    sets.
     """
     if len(roots) < 2:
         raise ShardError(f"{len(roots)} shard sets to merge: expected at least 2")
@@ -57,8 +62,11 @@ def merge(
         if digests[other] in digests[:other]:
             raise ShardError(f"{second.root}: the same set as {roots[digests.index(digests[other])]}: expected another")
         _check_alike(sets[0], second)
+    if (clips := sum(len(opened.clip_sums) for opened in sets)) > MAX_CLIPS:
+        raise ShardError(f"{out}: {clips} clips in {len(sets)} sets: expected at most {MAX_CLIPS} in one")
     _check_keys(sets, prefix)
-    _check_identities(sets)
+    check_identities_apart(sets)
+    check_clips_once(sets)
     with _new_set(out, sets[0].manifest["extractors"]) as writer:
         for number, split, clip in _clips(sets, advance):
             writer.add(split, replace(clip, key=f"{number}-{clip.key}") if prefix else clip)
@@ -126,30 +134,40 @@ def drop(
         raise ShardError(f"{root}: nothing to drop: expected at least one identity or key")
     _check_known("identity", identities, _identities(opened), root)
     _check_known("key", keys, [key for name in SPLITS for key in opened.split(name).keys], root)
-    gone, kept = _Names(), _Names()
+    people, called = frozenset(identities), frozenset(keys)
+    gone, kept = _Told(), _Told()
     with _new_set(out, opened.manifest["extractors"]) as writer:
         for _, name, clip in _clips([opened], advance):
-            drops = clip.identity in identities or clip.key in keys
+            drops = clip.identity in people or clip.key in called
             (gone if drops else kept).add(clip)
             if not drops:
                 writer.add(name, clip)
-        names = gone.keys | (gone.identities - kept.identities) | (gone.sources - kept.sources)
-        mentioned = _pattern(names)
+        names = Names(gone.keys | (gone.identities - kept.identities) | (gone.sources - kept.sources))
         before, info = opened.manifest.get("rejected", []), opened.manifest.get("info", {})
-        rejected = [entry for entry in before if not _tells(entry, mentioned, kept.sources)]
+        rejected = [entry for entry in before if not tells(entry, names, kept.sources)]
         earlier = info.get("dropped_clips")
         count = len(gone.keys) + (earlier if type(earlier) is int else 0)
-        writer.finish(rejected, {**_without(info, mentioned), "dropped_clips": count})
-    mentions = {key for text, key in kept.texts.items() if mentioned.search(text)}
+        info = {**without(info, names), "dropped_clips": count}
+        if "licences" in info:  # a build's count of its clips
+            info["licences"] = dict(sorted(kept.licences.items()))
+        writer.finish(rejected, info)
+    mentions = {key for text, key in kept.texts.items() if names.are_in(text)}
     return Dropped(len(gone.keys), len(kept.keys), len(before) - len(rejected), tuple(sorted(mentions)))
 
 
 def check_out(root: Path, out: Path) -> None:
     """Raise ShardError if `out` exists or lies inside the set `root`."""
     if os.path.lexists(out):
-        raise ShardError(f"{out}: exists: expected a new folder")
+        raise _exists(out)
     if out.resolve().is_relative_to(root.resolve()):
         raise ShardError(f"{out}: inside the shard set {root}: expected a folder outside it")
+
+
+def _exists(out: Path) -> ShardError:
+    names = set(os.listdir(out)) if out.is_dir() else set()
+    left = bool(names) and names == {path.name for path in own_files(out)}
+    hint = " (it holds shards without a manifest, as a command that was killed leaves them: remove it)" if left else ""
+    return ShardError(f"{out}: exists: expected a new folder{hint}")
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -159,13 +177,14 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 @dataclass
-class _Names:
+class _Told:
     """What clips are called, and where each text in them was first seen. Grows with the names, not with the data."""
 
     keys: set[str] = field(default_factory=set)
     identities: set[str] = field(default_factory=set)
     sources: set[str] = field(default_factory=set)
     texts: dict[str, str] = field(default_factory=dict)  # text -> key of the first clip that has it
+    licences: Counter[str] = field(default_factory=Counter)
 
     def add(self, clip: ClipSample) -> None:
         self.keys.add(clip.key)
@@ -173,20 +192,26 @@ class _Names:
         source = clip.meta.get("source")
         if isinstance(source, str) and source:
             self.sources.add(source)
-        for text in (clip.key, clip.identity, *_texts(clip.meta)):
+        self.licences[licence_of(clip.meta)] += 1
+        for text in (clip.key, clip.identity, *texts(clip.meta)):
             self.texts.setdefault(text, clip.key)
 
 
 @contextmanager
 def _new_set(out: Path, extractors: dict[str, dict[str, Any]]) -> Iterator[ShardSetWriter]:
-    """A writer whose folder is gone again when the block fails, so that the command can be repeated."""
-    try:
-        with ShardSetWriter(out, extractors) as writer:
-            yield writer
-    except BaseException:
-        with suppress(OSError):
-            out.rmdir()
-        raise
+    """A writer whose folder is made here, and gone again when the block fails, so that the command can be repeated."""
+    with writing(out):
+        try:
+            out.mkdir(parents=True)
+        except FileExistsError:  # since it was looked for: another command makes a set there
+            raise _exists(out) from None
+        try:
+            with ShardSetWriter(out, extractors) as writer:
+                yield writer
+        except BaseException:
+            with suppress(OSError):
+                out.rmdir()
+            raise
 
 
 def _clips(sets: Sequence[ShardSet], advance: Advance) -> Iterator[tuple[int, str, ClipSample]]:
@@ -205,11 +230,12 @@ def _identities(opened: ShardSet) -> list[str]:
 
 
 def _check_alike(first: ShardSet, second: ShardSet) -> None:
-    """Equal extractors and frames."""
+    """Equal extractors, frames and text tokens."""
     check_extractors_alike(first, second)
-    ours, theirs = first.manifest["frames"], second.manifest["frames"]
-    if ours != theirs:
-        raise ShardError(f"{second.root}: frames: {theirs}: expected {ours}, as in {first.root}")
+    ours, theirs = ({"frames": one.manifest["frames"], "text tokens": one.tokens} for one in (first, second))
+    for what, value in theirs.items():
+        if value != ours[what]:
+            raise ShardError(f"{second.root}: {what}: {value}: expected {ours[what]}, as in {first.root}")
 
 
 def _check_keys(sets: Sequence[ShardSet], prefix: bool) -> None:
@@ -223,67 +249,8 @@ def _check_keys(sets: Sequence[ShardSet], prefix: bool) -> None:
             used[key] = opened.root
 
 
-def _check_identities(sets: Sequence[ShardSet]) -> None:
-    place: dict[str, tuple[str, Path]] = {}
-    for opened in sets:
-        for name in SPLITS:
-            for identity in opened.manifest["splits"][name]["identities"]:
-                other, root = place.setdefault(identity, (name, opened.root))
-                if other != name:
-                    raise ShardError(
-                        f"{opened.root}: identity {identity!r} is in {name}, but in {other} of {root}: expected one "
-                        "split (deal one of the sets anew, or drop it there)"
-                    )
-
-
 def _check_known(kind: str, names: Iterable[str], known: Sequence[str], root: Path) -> None:
+    there = frozenset(known)
     for name in names:
-        if name not in known:
+        if name not in there:
             raise ShardError(f"{root}: {kind} {name!r}: expected one of the set's {len(known)}{nearest(name, known)}")
-
-
-def _pattern(names: Iterable[str]) -> re.Pattern[str]:
-    """Finds any of the names as a whole: "id1" in "id1.mp4" and "my_ID1b", but not in "id10" or "paid1".
-
-    A name ends where letters do not go on as letters, nor digits as digits. Rather too much is found than too little:
-    what is lost is a line of a report.
-    """
-
-    def edge(character: str) -> str:
-        return r"\d" if character.isdigit() else r"[^\W\d_]" if character.isalpha() else r"(?!)"
-
-    parts = [f"(?<!{edge(name[0])}){re.escape(name)}(?!{edge(name[-1])})" for name in sorted(names)]
-    return re.compile("|".join(parts) or r"(?!)", re.IGNORECASE)
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Every text in a JSON value, names of fields included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield key
-            yield from _texts(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _texts(item)
-
-
-def _tells(entry: Any, mentioned: re.Pattern[str], kept: set[str]) -> bool:
-    """An entry of `rejected` names something that went. A kept clip's source is no hint, whatever it is called."""
-    if isinstance(entry, Mapping) and entry.get("source") in kept:
-        entry = {key: value for key, value in entry.items() if key != "source"}
-    return any(mentioned.search(text) for text in _texts(entry))
-
-
-def _without(value: Any, mentioned: re.Pattern[str]) -> Any:
-    """A JSON value without the fields and items that are, or are called, something that went."""
-
-    def bad(item: Any) -> bool:
-        return isinstance(item, str) and mentioned.search(item) is not None
-
-    if isinstance(value, Mapping):
-        return {key: _without(item, mentioned) for key, item in value.items() if not bad(key) and not bad(item)}
-    if isinstance(value, list | tuple):
-        return [_without(item, mentioned) for item in value if not bad(item)]
-    return value

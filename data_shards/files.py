@@ -6,6 +6,7 @@ anything is read from them, and a document is measured before it is parsed.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -17,7 +18,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from data_shards.schema import ShardError, shown
+from data_shards.schema import MachineError, ShardError, shown
 
 PARTIAL = ".partial"
 MAX_JSON_BYTES = 2**25
@@ -27,6 +28,7 @@ MAX_JSON_VALUES = 800_000
 _BLOCK = 2**20
 _READS_AT_ONCE = hasattr(os, "preadv")  # not on Windows
 _MOST_ROOMS = 64  # of one call; the system has a limit too
+_OF_THE_MACHINE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
 ResultT = TypeVar("ResultT")
 Range = tuple[int, memoryview]  # offset in a file, and the room for what follows there
 
@@ -96,12 +98,16 @@ class Folder:
     def copy(self, name: str, target: Path) -> str:
         """Copy the file to `target`, on the disk when this returns; sha256 of what was copied."""
         digest = hashlib.sha256()
-        with _opened(os.path.join(self._path, name), self.label(name)) as old, open(target, "wb") as new:
-            while block := old.read(_BLOCK):
-                digest.update(block)
-                new.write(block)
-            new.flush()
-            os.fsync(new.fileno())
+        with _opened(os.path.join(self._path, name), self.label(name)) as old:
+            with writing(target):
+                new = open(target, "wb", buffering=0)  # noqa: SIM115 - a buffer would be written again on closing
+            with new:
+                while block := old.read(_BLOCK):
+                    digest.update(block)
+                    with writing(target):
+                        _write(new, block)
+                with writing(target):
+                    os.fsync(new.fileno())
         return digest.hexdigest()
 
 
@@ -132,8 +138,20 @@ def _opened(path: str, label: str) -> Iterator[FileIO]:
         raise _unreadable(label, error) from None
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Faults of the system while `path` is written are ShardErrors that name it; those of reading are already."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise ShardError(f"{path}: {reason}: expected a place with room, where files can be written") from None
+
+
 def _unreadable(label: str, error: Exception) -> ShardError:
     reason = getattr(error, "strerror", None) or type(error).__name__
+    if getattr(error, "errno", None) in _OF_THE_MACHINE:
+        return MachineError(f"{label}: {reason}: expected a machine that can read it")
     return ShardError(f"{label}: {reason}: expected a readable file of a shard set")
 
 
@@ -178,10 +196,16 @@ def _read_some(file: int, rooms: list[memoryview], offset: int) -> int:
     return len(data)
 
 
+def _write(file: FileIO, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+
+
 def parse_json(data: bytes, origin: str) -> dict[str, Any]:
     """The object that strict JSON holds: ASCII, finite numbers, no key twice, at most MAX_JSON_VALUES values."""
     # Every value has a sign of its own, so that a short document needs no counting.
-    values = sum(data.count(sign) for sign in b",[{") if len(data) > MAX_JSON_VALUES else len(data)
+    values = count_values(data) if len(data) > MAX_JSON_VALUES else len(data)
     if len(data) > MAX_JSON_BYTES or values > MAX_JSON_VALUES:
         raise ShardError(
             f"{origin}: {len(data)} bytes with {values} values: "
@@ -194,6 +218,11 @@ def parse_json(data: bytes, origin: str) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise ShardError(f"{origin}: {type(document).__name__}: expected a JSON object")
     return document
+
+
+def count_values(data: bytes) -> int:
+    """How many values a JSON document has, at most."""
+    return sum(data.count(sign) for sign in b",[{")
 
 
 def _no_constant(constant: str) -> NoReturn:

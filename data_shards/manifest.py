@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from data_shards.files import Folder, encode_json, parse_json
+from data_shards.files import MAX_JSON_BYTES, MAX_JSON_VALUES, Folder, count_values, encode_json, parse_json
 from data_shards.index import INDEX_NAME
 from data_shards.layout import Layout, parse_layout
 from data_shards.schema import FPS, MAX_CLIP_BYTES, SHARD_VERSION, SPLITS, ShardError, at, check_extractors, shown
 
 MANIFEST_NAME = "manifest.json"
+NOT_LISTED = "rejected_not_listed"  # in `info`: how many rejections of each reason a manifest had no room for
 MAX_LAYOUTS = 64
 
 _TAR_NAME = re.compile(rf"({'|'.join(SPLITS)})-[0-9]{{6}}\.tar")
@@ -85,6 +87,19 @@ def sealed(manifest: Mapping[str, Any], origin: str) -> tuple[dict[str, Any], by
 def check_seal(source: Folder) -> None:
     """ShardError if a byte of manifest.json is not as it was written."""
     check_sealed(source.document(MANIFEST_NAME), source.label(MANIFEST_NAME))
+
+
+def listed(rejected: Sequence[Mapping[str, Any]], origin: str) -> tuple[list[Mapping[str, Any]], dict[str, int]]:
+    """The entries of `rejected`, from the first on, that fit into a part of what a manifest may hold; and how many of
+    the others have which reason. A reader refuses a larger manifest."""
+    size = values = 0
+    for number, entry in enumerate(rejected):
+        data = encode_json(entry, f"{origin}: rejected[{number}]")
+        size, values = size + len(data), values + count_values(data)
+        if size > MAX_JSON_BYTES // 4 or values > MAX_JSON_VALUES // 2:
+            more = Counter(str(entry.get("reason")) for entry in rejected[number:])
+            return list(rejected[:number]), dict(sorted(more.items()))
+    return list(rejected), {}
 
 
 def set_hash(manifest: Mapping[str, Any]) -> str:

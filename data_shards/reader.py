@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from data_shards.clip import read_prefix, read_whole
-from data_shards.columns import header_of, size_of
+from data_shards.columns import Column, header_of, size_of
 from data_shards.files import Folder
 from data_shards.index import INDEX_NAME, MAX_INDEX_BYTES, TAR_BLOCK, SetIndex, decode_index, rounded_up, sums_forms
 from data_shards.layout import Layout
@@ -57,6 +57,20 @@ class ShardSet:
     def hash(self) -> str:
         """64 hexadecimal digits that depend on the clips and their order alone (`manifest.set_hash`)."""
         return set_hash(self.manifest)
+
+    @property
+    def tokens(self) -> int:
+        """E, text tokens of every clip; 0 without text."""
+        return self._index.layouts[0].tokens
+
+    @property
+    def clip_sums(self) -> Column:
+        """[N] uint64: checksum of the checksums of every clip, key and tags included; train first."""
+        return self._index.columns["sums"]
+
+    def key(self, clip: int) -> str:
+        """Key of a clip, of all N."""
+        return self._index.key(clip)
 
     def split(self, name: str) -> ShardReader:
         """Reader of "train" or "validation"; ShardError for another name."""
@@ -130,6 +144,10 @@ class ShardReader:
     def keys(self) -> list[str]:
         """Key of every clip."""
         return self._index.keys(self._clips.start, self._clips.stop)
+
+    def key(self, index: int) -> str:
+        """Key of one clip, without those of the others."""
+        return self._index.key(self._clips[index])
 
     @property
     def frames(self) -> int:

@@ -55,6 +55,11 @@ class ShardError(ValueError):
     """Shards or a clip that cannot be used. The message is one line: where, sample, field, value, expectation."""
 
 
+class MachineError(ShardError):
+    """This machine cannot read at the moment (too many open files, no memory, a network disk that is gone). It says
+    nothing about a clip, and must never lead to another clip in its place."""
+
+
 @dataclass(frozen=True, eq=False)
 class ClipSample:
     """One clip on the latent-frame clock; no stream is normalised. `validate` states the rules."""
@@ -154,6 +159,11 @@ def check_extractors(extractors: Mapping[str, Mapping[str, Any]], origin: str) -
 def tags_of(extractors: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Tag of every stream; two tables with equal tags hold comparable numbers."""
     return {stream: str(entry["tag"]) for stream, entry in sorted(extractors.items())}
+
+
+def licence_of(meta: Mapping[str, Any]) -> str:
+    """Licence of a clip, by its meta."""
+    return str(meta.get("licence") or "not stated")
 
 
 def validate(sample: ClipSample, origin: str, extractors: Mapping[str, Mapping[str, Any]], *, beyond: int = 0) -> None:

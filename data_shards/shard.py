@@ -31,18 +31,26 @@ _OWN_FILE = re.compile(
 
 
 class Written(NamedTuple):
-    """What index and checksums keep of a clip that is in a tar."""
+    """What the index keeps of a clip that is in a tar, and its `row` of checksums until they are beside the tar."""
 
     key: str
     identity: str
     layout: Layout
     record_bytes: int
+    sum: int
     row: bytes
 
 
 def written(key: str, identity: str, record: bytes | bytearray, payload: bytes | bytearray, layout: Layout) -> Written:
     """Of a clip with these two members."""
-    return Written(key, identity, layout, len(record), pack_row(row_of(record, payload, layout)))
+    row = pack_row(row_of(record, payload, layout))
+    return Written(key, identity, layout, len(record), xxh3_64_intdigest(row), row)
+
+
+def without_rows(clips: Sequence[Written]) -> list[Written]:
+    """The clips of a tar whose checksums are written: most of what is held of a clip, which all the clips of a set
+    together would make a gigabyte."""
+    return [clip._replace(row=b"") for clip in clips]
 
 
 class Shard:
@@ -73,7 +81,9 @@ class Shard:
         check_places(partial, self.clips)
         with open(partial, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return publish_shard(self._root, self.tar_name, self.clips, digest)
+        made = publish_shard(self._root, self.tar_name, self.clips, digest)
+        self.clips = without_rows(self.clips)
+        return made
 
     def abandon(self) -> None:
         """Give the file handle back without publishing."""
@@ -126,18 +136,22 @@ def publish_index(
     for split in SPLITS:
         numbers = {name: number for number, name in enumerate(identities[split])}
         for clip in (clip for shard in shards[split] for clip in shard):
-            layout, total = number_of[clip.layout.text], xxh3_64_intdigest(clip.row)
-            facts.append(ClipFacts(clip.key, numbers[clip.identity], layout, clip.record_bytes, total))
+            layout = number_of[clip.layout.text]
+            facts.append(ClipFacts(clip.key, numbers[clip.identity], layout, clip.record_bytes, clip.sum))
     data = encode_index(facts, [len(shard) for shard in _all(shards)])
     publish(root / INDEX_NAME, data)
     return texts, {INDEX_NAME: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}}
 
 
+def own_files(root: Path) -> list[Path]:
+    """What has the name of a shard, finished or partial, in `root`, in order; its manifest is none of them."""
+    return sorted(path for path in root.iterdir() if _OWN_FILE.fullmatch(path.name))
+
+
 def remove_own_files(root: Path) -> None:
     """Remove the shards in `root`, finished and partial: of a build that wrote no manifest."""
-    for path in root.iterdir():
-        if _OWN_FILE.fullmatch(path.name):
-            path.unlink()
+    for path in own_files(root):
+        path.unlink()
 
 
 def _all(shards: Mapping[str, Sequence[Sequence[Written]]]) -> Iterable[Sequence[Written]]:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from data_shards.files import PARTIAL, Folder, parse_json, publish, sync_folder
+from data_shards.files import PARTIAL, Folder, parse_json, publish, sync_folder, writing
 from data_shards.index import INDEX_NAME
 from data_shards.layout import Layout, header_text, parse_layout
 from data_shards.manifest import (
@@ -28,7 +28,7 @@ from data_shards.moments import FlameMoments
 from data_shards.old_index import OldClip, check_bytes, old_clips, tensors_of_1, tensors_of_2
 from data_shards.reader import ShardSet
 from data_shards.schema import SHARD_VERSION, SPLITS, ShardError, fail, shown, tags_of
-from data_shards.shard import Written, publish_index, publish_shard, remove_own_files, written
+from data_shards.shard import Written, publish_index, publish_shard, remove_own_files, without_rows, written
 
 
 def upgrade(root: Path, out: Path) -> dict[str, Any]:
@@ -45,22 +45,27 @@ def upgrade(root: Path, out: Path) -> dict[str, Any]:
     _check_out(root, out)
     manifest = read_manifest(source, version)
     is_new = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        remove_own_files(out)
-        new = _copied(source, manifest, out) if version == SHARD_VERSION else _remade(source, manifest, version, out)
-        flame = _read_all(ShardSet(Folder(out, called=root), new))
-        if flame:
-            new["statistics"] = {**new["statistics"], "flame": flame}
-        new, data = sealed(new, str(out / MANIFEST_NAME))
-        publish(out / MANIFEST_NAME, data)
-        sync_folder(out)
-    except BaseException:
-        remove_own_files(out)
-        if is_new:
-            with suppress(OSError):
-                out.rmdir()
-        raise
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        try:
+            remove_own_files(out)
+            return _written(source, manifest, version, out)
+        except BaseException:
+            remove_own_files(out)
+            if is_new:
+                with suppress(OSError):
+                    out.rmdir()
+            raise
+
+
+def _written(source: Folder, manifest: Mapping[str, Any], version: int, out: Path) -> dict[str, Any]:
+    new = _copied(source, manifest, out) if version == SHARD_VERSION else _remade(source, manifest, version, out)
+    flame = _read_all(ShardSet(Folder(out, called=source.root), new))
+    if flame:
+        new["statistics"] = {**new["statistics"], "flame": flame}
+    new, data = sealed(new, str(out / MANIFEST_NAME))
+    publish(out / MANIFEST_NAME, data)
+    sync_folder(out)
     return new
 
 
@@ -122,7 +127,8 @@ def _upgrade_shard(
             layouts[text] = parse_layout(text, manifest["extractors"], place)
         _check_old(clip, payload, layouts[text], manifest, _RULES[version], label)
         clips.append(written(clip.key, clip.identity, record, payload, layouts[text]))
-    return clips, publish_shard(out, name, clips, digest)
+    made = publish_shard(out, name, clips, digest)
+    return without_rows(clips), made
 
 
 def _check_old(

@@ -6,7 +6,8 @@ a manifest is complete. Equal samples in equal order give equal bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,7 +19,7 @@ from data_shards.columns import size_of
 from data_shards.files import encode_json, parse_json, publish, sync_folder
 from data_shards.index import MAX_CLIPS, MAX_INDEX_BYTES, MAX_TARS, index_forms
 from data_shards.layout import Layout, header_text, parse_layout
-from data_shards.manifest import sealed
+from data_shards.manifest import NOT_LISTED, listed, sealed
 from data_shards.moments import StreamMoments
 from data_shards.schema import (
     FPS,
@@ -112,11 +113,12 @@ class ShardSetWriter:
         if split == "train":
             self._moments.add(sample)
 
-    def finish(self, rejected: list[dict[str, Any]], info: dict[str, Any]) -> dict[str, Any]:
+    def finish(self, rejected: Sequence[Mapping[str, Any]], info: Mapping[str, Any]) -> dict[str, Any]:
         """Close the shards, write manifest.json and return it.
 
         `rejected` lists sources that gave no clip ({"source", "reason", "detail"}), `info` is any JSON object about the
-        build. Raises ShardError when the train split is empty.
+        build. Of rejections for which a manifest has no room the numbers by reason are added to `info`.
+        Raises ShardError when the train split is empty.
         """
         if not self._samples["train"] or self._lengths is None:
             raise ShardError(f"{self._root}: train: 0 samples: expected at least 1 clip to train on")
@@ -126,6 +128,9 @@ class ShardSetWriter:
         shards = {split: [shard.clips for shard in self._shards[split]] for split in SPLITS}
         identities = {split: splits[split]["identities"] for split in SPLITS}
         layouts, files = publish_index(self._root, shards, identities)
+        rejected, more = listed(rejected, str(self._root))
+        if more:
+            info = {**info, NOT_LISTED: dict(Counter(info.get(NOT_LISTED, {})) + Counter(more))}
         manifest = {
             "shard_version": SHARD_VERSION,
             "extractors": self._extractors,

@@ -153,7 +153,7 @@ class DataConfig(Section):
     max_damaged: int = Field(
         default=0,
         ge=0,
-        description="damaged clips that a data-parallel rank replaces by others; the next ends the run",
+        description="damaged clips, over all ranks since the run began, that are replaced; the next ends the run",
     )
 
     @model_validator(mode="after")
@@ -300,6 +300,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}: not JSON, line {error.lineno} column {error.colno}: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a number of more than 4300 digits, or too many brackets
+        raise ConfigError(f"{path}: not JSON: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {type(values).__name__}")
     return values

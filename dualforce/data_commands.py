@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from data_shards import check, describe, edit
+from data_shards.manifest import NOT_LISTED
 from data_shards.reader import ShardSet
 from data_shards.schema import SPLITS, ShardError
 from dualforce.preprocess.reasons import part_of
@@ -94,7 +95,8 @@ def build(
     except KeyboardInterrupt:
         typer.echo("error: interrupted; the same command goes on with the videos that are left", err=True)
         raise typer.Exit(INTERRUPTED) from None
-    _show_rejected(report.manifest["rejected"], out, console)
+    more = sum(report.manifest["info"].get(NOT_LISTED, {}).values())
+    _show_rejected(report.manifest["rejected"], more, out, console)
     _tell(out, report.manifest)
     earlier = f", {report.earlier} finished by an earlier start" if report.earlier else ""
     took = f"{report.seconds:.0f} s; see {out / 'report.html'}"
@@ -108,8 +110,8 @@ def verify(
     report: Annotated[Path | None, typer.Option("--json", help="file for the findings")] = None,
 ) -> None:
     """List every damaged file, or clip. Exit code 1 if there is one."""
-    if report is not None and report.resolve().is_relative_to(root.resolve()):
-        raise ShardError(f"--json {report}: inside the shard set: expected a file outside it")
+    if report is not None:
+        _check_report(report, root)
     with _bars() as bar:
         found = check.find_faults(root, samples=samples, on_file=bar("reading files"), on_clip=bar("reading clips"))
     for fault in found.faults:
@@ -206,6 +208,19 @@ def upgrade(
     _tell(new, ShardSet.open(new).manifest)
 
 
+def _check_report(report: Path, root: Path) -> None:
+    """Before hours of reading. Raises ShardError where the file cannot be written, or would be part of the set."""
+    if report.resolve().is_relative_to(root.resolve()):
+        raise ShardError(f"--json {report}: inside the shard set: expected a file outside it")
+    try:
+        there = report.exists()
+        report.open("a", encoding="utf-8").close()
+        if not there:
+            report.unlink()
+    except OSError as error:
+        raise ShardError(f"--json {report}: {error.strerror}: expected a file that can be written") from None
+
+
 @contextmanager
 def _bars() -> Iterator[Callable[[str], edit.Advance]]:
     """Progress bars on a terminal, nothing elsewhere: called with a title, gives what moves its bar."""
@@ -220,8 +235,8 @@ def _bars() -> Iterator[Callable[[str], edit.Advance]]:
         yield bar
 
 
-def _show_rejected(rejected: list[dict[str, Any]], out: Path, console: Console) -> None:
-    """Why videos or windows were not used, the first of them."""
+def _show_rejected(rejected: list[dict[str, Any]], more: int, out: Path, console: Console) -> None:
+    """Why videos or windows were not used, the first of them; `more` are not in the manifest."""
     if not rejected:
         return
     table = Table(title="Rejected", title_justify="left")
@@ -231,8 +246,9 @@ def _show_rejected(rejected: list[dict[str, Any]], out: Path, console: Console) 
         row = (entry["source"], part_of(entry), entry["reason"], entry["detail"])
         table.add_row(*(Text(cell) for cell in row))
     console.print(table)
-    if len(rejected) > SHOWN:
-        console.print(f"{len(rejected) - SHOWN} more are in {out / 'report.html'}", markup=False, highlight=False)
+    if len(rejected) + more > SHOWN:
+        others = len(rejected) + more - SHOWN
+        console.print(f"{others} more are in {out / 'report.json'}", markup=False, highlight=False)
 
 
 def _tell(out: Path, manifest: dict[str, Any]) -> None:

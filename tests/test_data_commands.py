@@ -91,6 +91,15 @@ def test_damage_is_listed_completely(root: Path, run: Run, tmp_path: Path) -> No
     assert places == [("train-000000.tar", "ann-w0", lines[0]), ("validation-000000.tar", "cyd-w0", lines[1])]
 
 
+def test_a_report_that_cannot_be_written_is_said_before_anything_is_read(
+    root: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_shards.check.find_faults", lambda *_, **__: pytest.fail("read"))
+    for path, reason in ((tmp_path / "none" / "f.json", "No such file or directory"), (tmp_path, "Is a directory")):
+        line = f"error: --json {path}: {reason}: expected a file that can be written\n"
+        assert run("verify", root, "--json", path) == (2, "", line)
+
+
 def test_two_clips_of_one_tar_and_damage_between_clips(tmp_path: Path, run: Run) -> None:
     root = write_people(tmp_path / "set", clips=2)
     for text in (b'"key": "ann-w1"', b'"key": "bob-w0"'):
@@ -261,7 +270,9 @@ def test_merge_split_drop(root: Path, tmp_path: Path, run: Run) -> None:
 
 
 def test_merge_with_prefix(root: Path, tmp_path: Path, run: Run) -> None:
-    other = write_people(tmp_path / "other", train=("ann",), clips=2, flame=True, text_dim=5)
+    other = write_people(
+        tmp_path / "other", train=("ann",), clips=2, sources={"ann": "2.mp4", "cyd": "3.mp4"}, flame=True, text_dim=5
+    )
     assert run("merge", tmp_path / "out", root, other, "--prefix")[0] == 0
     assert ShardSet.open(tmp_path / "out").split("train").keys[-1] == "2-ann-w1"
 

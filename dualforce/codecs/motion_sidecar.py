@@ -49,14 +49,24 @@ class Sidecar:
 
 
 def find_sidecar(video: Path) -> Path | None:
-    """The sidecar beside a video, or None. Another program's JSON of that name is none of ours and is left alone."""
+    """The sidecar beside a video, or None. Another program's JSON of that name is none of ours and is left alone. One
+    that is damaged or cannot be read is returned, and refused by `read_sidecar`."""
     path = video.with_suffix(".json")
     try:
-        if not path.is_file():  # raises OSError where the name has become too long
+        if not path.is_file():
             return None
-        head = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except OSError:  # where the name has become too long
         return None
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return None
+    except OSError:
+        return path  # for `read_sidecar` to say so: passed over, it would have motion mean something else
+    try:
+        head = json.loads(text)
+    except (ValueError, RecursionError):
+        return path if f'"{FORMAT}"' in text else None  # one that was cut short, too
     return path if isinstance(head, dict) and head.get("format") == FORMAT else None
 
 
@@ -90,7 +100,7 @@ def read_sidecar(path: Path) -> Sidecar:
 def _read(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SidecarError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         found = data.get("format") if isinstance(data, dict) else data
@@ -126,6 +136,13 @@ def _table(rows: Any, width: int, path: Path, key: str) -> NDArray[np.float64]:
             size = len(row) if isinstance(row, list) else type(row).__name__
             raise SidecarError(f"{path}: {key}[{index}]: {size}: expected {width} numbers")
         for value in row:
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise SidecarError(f"{path}: {key}[{index}]: {value!r}: expected a finite number")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not _is_finite(value):
+                raise SidecarError(f"{path}: {key}[{index}]: {repr(value)[:40]}: expected a finite number")
     return np.array(rows, np.float64)
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that is too large for a float
+        return False

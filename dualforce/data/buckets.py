@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data_shards.alike import check_extractors_alike
+from data_shards.alike import check_clips_once, check_extractors_alike, check_identities_apart
 from data_shards.manifest import MANIFEST_NAME
 from data_shards.reader import ShardReader, ShardSet
 from data_shards.schema import ShardError, shown
@@ -20,7 +20,8 @@ FREE = {"video": ("height", "width")}  # what may differ between the extractors 
 class Buckets:
     """`sets` with training clips of `lengths` latent frames each.
 
-    Raises ShardError for a set given twice, and for extractors that differ in more than the size of their latents.
+    Raises ShardError for a set given twice, extractors that differ in more than the size of their latents, an identity
+    that one set trains on and another holds out, and a clip that is in two sets.
     """
 
     def __init__(self, sets: Sequence[ShardSet], lengths: Sequence[int]) -> None:
@@ -30,6 +31,8 @@ class Buckets:
             for other in self.sets[:number]:
                 if other.hash == opened.hash:
                     raise ShardError(f"data.shards: {opened.source}: the same clips as {other.source}: expected once")
+        check_identities_apart(self.sets)
+        check_clips_once(self.sets)
 
     @property
     def hash(self) -> str:
@@ -103,4 +106,3 @@ def _weights(opened: ShardSet) -> Mapping[str, tuple[int, ...]]:
             raise ShardError(f"{field}: {shown(slots)}: expected a whole number, the valid slots of FLAME")
         found["flame"] = (slots,)
     return found
-

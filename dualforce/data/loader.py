@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 from data_shards.reader import ShardSet
@@ -31,8 +31,8 @@ class StepLoader(Generic[ItemT]):
     with the iteration, also one left early.
 
     A clip that cannot be read is replaced (`StepReader`) and told of in `damaged`, up to `data.max_damaged` of them in
-    all processes together; the next is raised as a ShardError where the step would have come, after the steps before
-    it. So is the LoaderError of a process that died.
+    all processes together with those `known` from before, as (number of the set, key); the next is raised as a
+    ShardError where the step would have come, after the steps before it. So is the LoaderError of a process that died.
     Raises ConfigError as `Deal.check`.
     """
 
@@ -43,12 +43,14 @@ class StepLoader(Generic[ItemT]):
         start_step: int,
         stop_step: int,
         finish: Callable[[list[ClipBatch]], ItemT],
+        known: Iterable[tuple[int, str]] = (),
     ) -> None:
         readers = [opened.split(SPLIT) for opened in sets]
         deal.check(readers)
         self.wait_seconds = 0.0  # time the consumer waited for data, over all steps
         self.damaged: list[Damaged] = []  # clips that could not be read, in the order of the steps; the thread is ahead
-        self._known: set[tuple[int, str]] = set()  # bucket and key of them
+        self._met: set[tuple[int, str]] = set()  # bucket and key of them
+        self._counted = set(known)  # and of those before
         self._splits = [Split(opened.source, SPLIT, opened.hash) for opened in sets]
         self._here = StepReader(readers, [opened.hash for opened in sets], deal)
         self._deal = deal
@@ -98,12 +100,14 @@ class StepLoader(Generic[ItemT]):
         """The micro-batches of a step, after its damage has been counted."""
         most = self._deal.data.max_damaged
         for one in found.damaged:
-            if (one.bucket, one.key) in self._known:
+            clip = one.bucket, one.key
+            if clip in self._met:
                 continue
-            if len(self.damaged) >= most:
+            if clip not in self._counted and len(self._counted) >= most:
                 before = f"; {most} before it: expected no more than data.max_damaged" if most else ""
                 raise ShardError(f"{one.reason}{before}")
-            self._known.add((one.bucket, one.key))
+            self._met.add(clip)
+            self._counted.add(clip)
             self.damaged.append(one)
         if found.fault is not None:
             raise found.fault

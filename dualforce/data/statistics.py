@@ -57,7 +57,10 @@ class StreamStatistics:
                 expected = "[2,C]" if stream == "video" else "[D]"
                 raise ShardError(f"{key}: shape {list(tensor.shape)}: expected {expected}")
             if not torch.isfinite(tensor).all() or (kind == "std" and (tensor < 0).any()):
-                raise ShardError(f"{key}: {tensor.tolist()}: expected finite numbers, deviations of at least 0")
+                bad = ~torch.isfinite(tensor) | ((tensor < 0) if kind == "std" else False)
+                at = [int(i) for i in bad.nonzero()[0]]
+                value = float(tensor[tuple(at)])
+                raise ShardError(f"{key}{at}: {value}: expected finite numbers, deviations of at least 0")
             read[field.name] = floored(tensor) if kind == "std" else tensor
         for stream in streams:
             mean, std = read[f"{stream}_mean"], read[f"{stream}_std"]

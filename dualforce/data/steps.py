@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from data_shards.reader import ShardReader
 from data_shards.remote.fetch import RemoteError
-from data_shards.schema import ClipSample, ShardError
+from data_shards.schema import ClipSample, MachineError, ShardError
 from dualforce.config import ConfigError, DataConfig
 from dualforce.data.ahead import ReadAhead
 from dualforce.data.bucket_order import BucketOrder
@@ -127,13 +127,13 @@ class StepReader:
             if clip not in self._unreadable:
                 try:
                     return self._ahead.take(clip)
-                except RemoteError:  # a server's fault is not the clip's, nor that of every rank
+                except (RemoteError, MachineError):  # not the clip's fault, nor that of every rank
                     raise
                 except ShardError as error:
                     self._unreadable[clip] = str(error)
             # Told of in every step that meets it: another process may have met it first, in a later step.
             reason = self._unreadable[clip]
-            met.setdefault(clip, Damaged(step, reader.keys[choice.index], reason, choice.bucket))
+            met.setdefault(clip, Damaged(step, reader.key(choice.index), reason, choice.bucket))
             if len(self._unreadable) > self._deal.data.max_damaged:
                 raise ShardError(reason)
         raise ShardError(f"{reader.source}: all {len(reader)} clips of the split are damaged: expected some")

@@ -75,8 +75,8 @@ def build_shards(src: Path, out: Path, options: BuildOptions, console: Console |
     except OSError as error:
         if is_disk_full(error):
             kept = options.work or out / FOLDER
-            raise BuildError(f"{out}: {error.strerror}: finished videos are kept in {kept}: make room and run the same "
-                             "command again") from None  # fmt: skip
+            told = f"finished videos are kept in {kept}: " if kept.is_dir() else ""  # it goes where none is finished
+            raise BuildError(f"{out}: {error.strerror}: {told}make room and run the same command again") from None
         raise
     used, earlier = manifest["info"]["videos_used"], sum(entry.earlier for entry in results.entries)
     return BuildReport(manifest, len(videos), used, time.monotonic() - begun, earlier)
@@ -121,7 +121,8 @@ def _there(out: Path, build: str) -> dict[str, Any]:
     manifest = ShardSet.open(out).manifest
     if manifest.get("info", {}).get("build") != build:
         raise ShardError(
-            f"{out / 'manifest.json'}: a shard set exists here, of other videos or options: expected a new folder"
+            f"{out / 'manifest.json'}: a shard set exists here, of other videos or options, or made by another version "
+            "of the code: expected a new folder"
         )
     return dict(manifest)
 

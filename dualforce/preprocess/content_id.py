@@ -23,8 +23,8 @@ from dualforce.preprocess.job import Job
 NAMES = frozenset(("video", "source", "key", "identity", "bytes", "scratch"))
 LIBRARIES = (
     "av", "diffusers", "insightface", "mediapipe", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu",
-    "opencv-contrib-python", "opencv-python",
-    "scenedetect", "silero-vad", "torch", "transformers",
+    "opencv-contrib-python", "opencv-contrib-python-headless", "opencv-python", "opencv-python-headless",
+    "scenedetect", "silero-vad", "tokenizers", "torch", "transformers",
 )  # fmt: skip
 
 

@@ -118,10 +118,12 @@ class Loudness(NamedTuple):
 
 def loudness(wave: Samples) -> Loudness:
     """Of a video's whole sound. A frame is heard from a tenth (-20 dB) of the loud parts on, the 95th percentile of the
-    RMS per pixel frame, and at least -60 dB of full scale."""
+    RMS per pixel frame, and at least -60 dB of full scale. Sound shorter than a pixel frame has none."""
     stop, step = len(wave) // SAMPLES_PER_FRAME * SAMPLES_PER_FRAME, BLOCK * SAMPLES_PER_FRAME
     blocks = (wave[first : min(first + step, stop)] for first in range(0, stop, step))
     parts = [np.square(block, dtype=np.float64).reshape(-1, SAMPLES_PER_FRAME).mean(axis=1) for block in blocks]
+    if not parts:
+        return Loudness(np.zeros(0), VOICED_LEAST)
     power = np.concatenate(parts)
     return Loudness(power, max(VOICED_LEAST, VOICED_SHARE * float(np.percentile(np.sqrt(power), 95))))
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data_shards.files import publish
-from data_shards.schema import ClipSample
+from data_shards.schema import ClipSample, licence_of
 from dualforce import __version__
 from dualforce.preprocess.charts import HEIGHT, WIDTH, Histogram, histogram
 from dualforce.preprocess.job import Job
@@ -30,7 +30,6 @@ TEMPLATE = "report.html.j2"
 THUMBNAILS = 48  # pictures of a contact sheet
 LINES = 500  # rejections listed on the page; report.json has all
 MAX_PICTURE = 40_000  # bytes
-UNKNOWN = "not stated"
 TITLES = {
     "face_pixels": "longer side of the face, pixels of the source",
     "face_rate": "share of looks with a face",
@@ -61,7 +60,7 @@ class Tally:
         if "yaw" in self.names:
             yaw = float(sample.struct[:, :, self.names.index("yaw")].mean())
             self.values.setdefault("yaw", []).append(yaw)
-        self.licences[sample.meta.get("licence") or UNKNOWN] += 1
+        self.licences[licence_of(sample.meta)] += 1
 
     def histograms(self) -> list[Histogram]:
         """One for each figure."""

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from data_shards.files import publish, sync_folder
+from data_shards.manifest import MANIFEST_NAME
 from data_shards.schema import ClipSample
-from data_shards.shard import remove_own_files
+from data_shards.shard import own_files, remove_own_files
 from dualforce.codecs.media import MediaError, duration
 from dualforce.preprocess.errors import BuildError
 from dualforce.preprocess.job import Job, Outcome, rejection
@@ -88,9 +89,11 @@ def open_work(out: Path, kept: Path | None) -> Iterator[Work]:
     """The work of a build into `out`, held against other builds: in `out` itself and removed at the end, or with
     results in the folder `kept`, which stay. After an error finished results stay in either case.
 
-    Raises BuildError when another build is at work in one of the folders.
+    Raises BuildError when another build is at work in one of the folders, and when `out` holds shards that no build
+    here has left: a build removes what an earlier start has moved there.
     """
     own = out / FOLDER
+    _check_out(out)
     with ExitStack() as stack:
         stack.enter_context(locked(own, out))
         base = own
@@ -112,7 +115,19 @@ def open_work(out: Path, kept: Path | None) -> Iterator[Work]:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
             if done or kept is not None or not any((*results.iterdir(), *texts.iterdir())):
+                if not (out / MANIFEST_NAME).exists():
+                    remove_own_files(out)  # half a set, which without the folder would be taken for somebody else's
                 shutil.rmtree(own, ignore_errors=True)
+
+
+def _check_out(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise BuildError(f"--out {out}: is a file: expected a folder for the shards")
+    if not out.exists() or (out / FOLDER).exists() or (out / MANIFEST_NAME).exists():
+        return
+    if found := own_files(out):
+        raise BuildError(f"{found[0]}: exists, without a manifest or work of a build beside it: expected a new or "
+                         "empty folder")  # fmt: skip
 
 
 def perform(task: Task, models: Models) -> Result:
@@ -157,13 +172,14 @@ def _time_of(path: Path) -> int:
 
 
 def find_result(results: Path, id: str) -> Result | None:
-    """The kept result of an id. One whose files are not those that were written is removed, and None."""
+    """The kept result of an id. One whose files are not those that were written is removed, and None. Raises OSError
+    for one that this process cannot read, which may be whole."""
     folder = results / id
     if not folder.is_dir():
         return None
     try:
         return _read(folder, id)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         shutil.rmtree(folder)
         return None
 
@@ -183,7 +199,7 @@ def publish_set(staging: Path, out: Path) -> None:
     """Move a finished set into `out`: the manifest comes last, so that a reader sees all of it or no set."""
     remove_own_files(out)  # of a build that was killed while it did this
     names = sorted(path.name for path in staging.iterdir())
-    for name in [*(name for name in names if name != "manifest.json"), "manifest.json"]:
+    for name in [*(name for name in names if name != MANIFEST_NAME), MANIFEST_NAME]:
         sync_folder(out)
         os.replace(staging / name, out / name)
     sync_folder(out)

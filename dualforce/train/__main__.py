@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from data_shards.remote.fetch import RemoteError
-from data_shards.schema import ShardError
+from data_shards.schema import MachineError, ShardError
 from dualforce import launch
 from dualforce.config import ConfigError, ModelConfig, RunConfig, load_run, read_json
 
@@ -33,18 +33,21 @@ def main() -> None:
         out = arguments.out or Path("runs") / arguments.run.stem
         _check_out(out, arguments.resume)
         job, start = _prepare(run, out, arguments.resume)
-    except RemoteError as error:  # each rank asks the server for itself
+    except (MachineError, RemoteError) as error:  # each rank reads for itself
         _leave(error, True)
     except ValueError as error:  # ConfigError and ShardError too; every rank meets the same one
         _leave(error, launch.is_main())
     from dualforce.data.workers import LoaderError
+    from dualforce.train.damage import DamageError
     from dualforce.train.engine import close_engine
     from dualforce.train.loop import train
 
     try:
         train(job, start)
-    except (LoaderError, RemoteError) as error:  # of this rank alone
+    except (LoaderError, MachineError, RemoteError) as error:  # of this rank alone
         _leave(error, True)
+    except DamageError as error:  # every rank meets it
+        _leave(error, launch.is_main())
     except ShardError as error:  # a clip's; only the ranks that share the clip meet it, and the first of them speaks
         _leave(error, job.context.grid.sp_rank == 0)
     close_engine(job.engine)

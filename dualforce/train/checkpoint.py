@@ -47,6 +47,8 @@ class SavedState:
     units: dict[str, dict[str, list[Slot]]]  # where each parameter lies in the flat tensors of its gather unit
     optimizer: str  # its class
     shards: str  # hash of the shard set
+    # Set (its number in data.shards) and key of each clip that could not be read, over all ranks since the run began.
+    damaged: tuple[tuple[int, str], ...] = ()  # checkpoints from before it was kept count from zero
 
 
 def save(engine: Any, run_dir: Path, state: SavedState, grid: ProcessGrid) -> None:
@@ -82,7 +84,8 @@ def read_state(run_dir: Path, step: int | None = None) -> SavedState:
             unit: {flat: [Slot(name, tuple(shape), at) for name, shape, at in slots] for flat, slots in of.items()}
             for unit, of in saved.units.items()
         }
-        return replace(saved, units=units)
+        damaged = tuple((int(bucket), str(key)) for bucket, key in saved.damaged)
+        return replace(saved, units=units, damaged=damaged)
     except (TypeError, ValueError, AttributeError) as error:
         raise ConfigError(f"{folder / tag / 'state.json'}: {error}") from None
 
@@ -170,7 +173,8 @@ def _free(key: str, saved: SavedState, expected: SavedState) -> bool:
 FREE_ON_RESUME = frozenset(
     f"train.{name}" for name in ("stop_at", "log_every", "save_every", "validate_every", "image_every")
 ) | {
-    "data.prefetch", "data.workers", "data.allow_new_shards", "parallel.recompute", "parallel.graphs",
+    "data.prefetch", "data.workers", "data.allow_new_shards", "data.max_damaged",
+    "parallel.recompute", "parallel.graphs",
     # Where files lie; what is in them is compared (of the shards by their hash).
     "data.shards", "data.cache", "data.cache_gib", "data.video_codec", "deepspeed",
     # How the clips of a step, whose number stays, are dealt.

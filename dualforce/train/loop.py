@@ -38,7 +38,7 @@ class Job:
     log: RunLog
     run_dir: Path
     sample_codec: Callable[[], VideoCodec] | None  # None: no sample frames are shown
-    state: SavedState  # of step 0
+    state: SavedState  # of step 0, with the damaged clips that the checkpoint counts
     tokens: tuple[int, ...]  # of both towers in a training clip of each set
 
     @property
@@ -51,7 +51,8 @@ def train(job: Job, start: int) -> None:
     run = job.context.run.train
     stop = min(run.steps, run.stop_at or run.steps)
     metrics, clock = StepMetrics(job.context.grid), _Clock(job.loader)
-    damage = DamageReport(job.run_dir, job.loader, job.context.grid, job.context.run.data.max_damaged > 0)
+    most = job.context.run.data.max_damaged
+    damage = DamageReport(job.run_dir, job.loader, job.context.grid, most, start, job.state.damaged)
     if start == 0:
         _validate(job, 0)
     if start >= stop:
@@ -74,7 +75,8 @@ def train(job: Job, start: int) -> None:
                     _images(job, done)
                 if done % run.save_every == 0 or last:
                     damage.check(done)  # no checkpoint of steps in which ranks disagreed about their clips
-                    save(job.engine, job.run_dir, replace(job.state, step=done), job.context.grid)
+                    state = replace(job.state, step=done, damaged=tuple(damage.clips))
+                    save(job.engine, job.run_dir, state, job.context.grid)
     job.log.close()
 
 

@@ -71,7 +71,7 @@ class RunLog:
             return
         path = run_dir / "metrics.jsonl"
         if resume_step is not None and path.exists():
-            _drop_after(path, resume_step)
+            drop_after(path, resume_step)
         # A run that begins again before its first checkpoint begins its log again; purge_step hides the same from
         # TensorBoard, whose files are only ever added to.
         self._file = path.open("w" if resume_step is None else "a", encoding="utf-8")
@@ -109,7 +109,8 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
-def _drop_after(path: Path, step: int) -> None:
+def drop_after(path: Path, step: int) -> None:
+    """Remove the records of later steps than `step` from a file of JSON lines, and a last line that was cut off."""
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     kept = [line for line in lines if _step_of(line) <= step]
     temporary = path.with_name(path.name + ".tmp")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from dualforce.model.bridge import bridge_layers
 from dualforce.model.path import ChunkRule
 from dualforce.model.placement import Place
 from dualforce.presets import build_model_config
-from dualforce.train.checkpoint import SavedState
+from dualforce.train.checkpoint import SavedState, read_state
 from dualforce.train.checkpoint import resume as resume_checkpoint
 from dualforce.train.engine import build_engine, compute_dtype, deepspeed_config, optimizer_name, plan_batch
 from dualforce.train.gather_unit import layouts_of
@@ -128,6 +129,7 @@ def prepare_job(
         shards=buckets.hash,
     )
     start = resume_checkpoint(engine, out, blank, grid) if resume else 0
+    damaged = damaged_before(out, run, buckets) if resume else ()
     context = StepContext(run, grid, kernels, ChunkRule(model.frames_per_chunk, model.window, model.sink))
     deal = Deal(
         statistics=statistics,
@@ -140,7 +142,7 @@ def prepare_job(
         micro_batch=plan.micro_batch,
     )
     stop = min(run.train.steps, run.train.stop_at or run.train.steps)
-    loader = StepLoader(buckets.sets, deal, start, stop, partial(prepare_step, context=context))
+    loader = StepLoader(buckets.sets, deal, start, stop, partial(prepare_step, context=context), damaged)
     out.mkdir(parents=True, exist_ok=True)
     job = Job(
         engine=engine,
@@ -150,10 +152,25 @@ def prepare_job(
         log=RunLog(out, grid.rank == 0, start if resume else None),
         run_dir=out,
         sample_codec=show,
-        state=blank,
+        state=replace(blank, damaged=damaged),
         tokens=buckets.tokens(model.video.patch),
     )
     return job, start
+
+
+def damaged_before(out: Path, run: RunConfig, buckets: Buckets) -> tuple[tuple[int, str], ...]:
+    """The damaged clips that a run's newest checkpoint counts; of other shard sets none.
+
+    Raises ConfigError where they are more than the run may have.
+    """
+    saved = read_state(out)
+    found = saved.damaged if saved.shards == buckets.hash else ()
+    if len(found) > run.data.max_damaged:
+        raise ConfigError(
+            f"data.max_damaged: {run.data.max_damaged}: expected at least {len(found)}, the damaged clips of the first "
+            f"{saved.step} steps of {out}"
+        )
+    return found
 
 
 def _held_out(buckets: Buckets, statistics: StreamStatistics, model: ModelConfig) -> tuple[HeldOut, ...]:

@@ -91,7 +91,26 @@ def test_sidecar_of_a_clip(tmp_path: Path) -> None:
 def test_other_json_beside_a_video_is_no_sidecar(tmp_path: Path) -> None:
     write(tmp_path / "a.json", {"title": "metadata of a downloader"})
     write(tmp_path / "b.json", "{ broken")
-    assert find_sidecar(tmp_path / "a.mp4") is None and find_sidecar(tmp_path / "b.mp4") is None
+    write(tmp_path / "c.json", "[" * 100_000)
+    (tmp_path / "d.json").write_bytes(b"\xff\xfe{}")
+    assert not any(find_sidecar(tmp_path / f"{name}.mp4") for name in "abcd")
+
+
+def test_a_sidecar_that_was_cut_short_is_refused_and_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it motion would be read from the pictures, and mean something else."""
+    whole = json.dumps(sidecar_json(3))
+    for number, text in enumerate((whole[:-9], '{"format": "dualforce-sidecar", "x": ' + "[" * 100_000)):
+        path = write(tmp_path / f"{number}.json", text)
+        assert find_sidecar(path.with_suffix(".mp4")) == path
+        with pytest.raises(SidecarError, match=rf"{number}\.json: cannot be read as JSON"):
+            read_sidecar(path)
+    good = write(tmp_path / "good.json", whole)
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "denied")))
+    assert find_sidecar(good.with_suffix(".mp4")) == good
+    with pytest.raises(SidecarError, match=r"good\.json: cannot be read as JSON: .*denied"):
+        read_sidecar(good)
 
 
 def motion_with(**changes: Any) -> dict[str, Any]:
@@ -112,6 +131,7 @@ def motion_with(**changes: Any) -> dict[str, Any]:
         (motion_with(values=[[0, 1], [0], [0, 1]]), r"motion.values\[1\]: 1: expected 2 numbers"),
         (motion_with(values=[[0, 1], [0, "x"], [0, 1]]), r"motion.values\[1\]: 'x': expected a finite number"),
         (motion_with(values=[[0, 1], [0, float("nan")], [0, 1]]), r"motion.values\[1\]: nan"),
+        (motion_with(values=[[0, 1], [0, 10**400], [0, 1]]), r"motion.values\[1\]: 10{39}: expected a finite number"),
         ({"face_boxes": [[0, 0, 1, 1]] * 2}, "face_boxes: 2 rows: expected 3"),
         ({"face_boxes": [[5, 0, 1, 1]] * 3}, r"face_boxes\[0\]"),
         ({"audio_offset_s": "late"}, "audio_offset_s"),

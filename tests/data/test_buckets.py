@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from helpers.fake_shards import write_fake_shards
+from helpers.people_shards import write_people
 from helpers.shard_edits import locate, rewrite_manifest
 
-from data_shards.edit import merge
+from data_shards.edit import drop, merge, split
 from data_shards.moments import StreamMoments
 from data_shards.reader import ShardSet
 from data_shards.schema import ShardError
@@ -131,6 +132,30 @@ def test_other_extractors_are_refused_with_both_values(opened: list[ShardSet], s
     named = rf"small: extractors\.{stream}\.{key}: 'x-v1': expected {ours!r}, as in .*large"
     with pytest.raises(ShardError, match=named):
         Buckets([opened[0], foreign], LENGTHS[:2])
+
+
+def test_nobody_is_trained_on_in_one_set_and_held_out_in_another(tmp_path: Path) -> None:
+    """As two builds of the same videos in two sizes may leave it: each deals the people that it could use."""
+    sets = [
+        ShardSet.open(write_people(tmp_path / "small", train=("ann", "bob"), validation=("cyd",))),
+        ShardSet.open(write_people(tmp_path / "large", train=("dan", "cyd"), validation=("eva",), height=8, width=8)),
+    ]
+    named = r"large: identity 'cyd' is in train, but in validation of .*small: expected one split"
+    with pytest.raises(ShardError, match=named):
+        Buckets(sets, [3, 3])
+    split(tmp_path / "large", tmp_path / "dealt", validation=0.5, seed=1)
+    split(tmp_path / "small", tmp_path / "too", validation=0.5, seed=1)
+    Buckets([ShardSet.open(tmp_path / name) for name in ("dealt", "too")], [3, 3])
+
+
+def test_a_clip_in_two_sets_is_refused(tmp_path: Path) -> None:
+    write_people(tmp_path / "all")
+    drop(tmp_path / "all", tmp_path / "some", identities=["ann"])
+    sets = [ShardSet.open(tmp_path / name) for name in ("all", "some")]
+    with pytest.raises(ShardError, match=r"some: sample '.*-w\d': clip: .*: expected one that is not in .*all"):
+        Buckets(sets, [3, 3])
+    larger = ShardSet.open(write_people(tmp_path / "larger", height=8, width=8))
+    Buckets([sets[0], larger], [3, 3])  # the same video in another size
 
 
 def test_a_set_given_twice_is_refused(opened: list[ShardSet]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_shards.reader import ShardReader, ShardSet
-from data_shards.schema import ClipSample, ShardError
+from data_shards.schema import ClipSample, MachineError, ShardError
 from dualforce.config import ConfigError, DataConfig
 from dualforce.data.loader import StepLoader
 from dualforce.data.statistics import StreamStatistics
@@ -42,10 +44,12 @@ class OpenedWith:
 def loader(shards: ShardSet, reader: Any = None, start_step: int = 0, stop_step: int = 6, **changes: Any) -> StepLoader:
     data: dict[str, Any] = {"frames": 3, "clips_per_step": 12, "prefetch": 2, "max_damaged": 0}
     data.update({key: changes.pop(key) for key in list(changes) if key in data})
+    known_keys = changes.pop("known", ())
     options = {"dp_rank": 0, "dp_size": 1, "micro_batch": 12, "seed": 3, "context": 2, **changes}
     deal = Deal(StreamStatistics.from_manifest(shards.manifest), DataConfig(**data), text_dim=4, **options)
+    known = ((0, key) for key in known_keys)
     opened: Any = shards if reader is None else OpenedWith(shards, reader)
-    return StepLoader([opened], deal, start_step, stop_step, lambda batches: batches)
+    return StepLoader([opened], deal, start_step, stop_step, lambda batches: batches, known)
 
 
 def clips_of(batches: list[ClipBatch]) -> list[tuple[str, tuple[int, int]]]:
@@ -219,6 +223,9 @@ class Faulty:
     def __len__(self) -> int:
         return len(self._reader)
 
+    def key(self, index: int) -> str:
+        return self.keys[index]
+
     def read(self, index: int, *args: Any, **kwargs: Any) -> ClipSample:
         self.tried.append(index)
         if index in self.bad:
@@ -258,6 +265,36 @@ def test_one_damaged_clip_too_many_ends_the_iteration(shards: ShardSet) -> None:
     with pytest.raises(ShardError, match=r"sample 'train-000\d': video: .*; 2 before it: .* data.max_damaged"):
         list(steps)
     assert len(steps.damaged) == 2
+
+
+@pytest.mark.parametrize("fault", [errno.EMFILE, errno.ENOMEM, errno.ESTALE])
+def test_a_fault_of_the_machine_replaces_no_clip(shards: ShardSet, monkeypatch: pytest.MonkeyPatch, fault: int) -> None:
+    """Which other ranks do not have: they would train on other clips, and silently."""
+    steps, original = loader(shards, max_damaged=5), os.open
+
+    def short(path: Any, *flags: Any) -> int:
+        if str(path).endswith(".tar"):
+            raise OSError(fault, os.strerror(fault))
+        return original(path, *flags)
+
+    monkeypatch.setattr(os, "open", short)
+    with pytest.raises(MachineError, match=r"train-000000\.tar: .*: expected a machine that can read it"):
+        list(steps)
+    assert steps.damaged == []
+
+
+def test_clips_known_from_before_count_and_are_told_of(shards: ShardSet) -> None:
+    """Told of, because ranks that share them must agree on them after a resume too."""
+    reader = Faulty(shards.split("train"), {1, 4, 6})
+    keys = [reader.keys[index] for index in (1, 4, 6)]
+    whole = loader(shards, reader, max_damaged=3)
+    assert len(list(whole)) == 6 and {one.key for one in whole.damaged} == set(keys)
+    again = loader(shards, reader, max_damaged=3, known=keys)
+    assert len(list(again)) == 6 and again.damaged == whole.damaged
+    fewer = loader(shards, reader, max_damaged=3, known=["train-0002", keys[0]])
+    with pytest.raises(ShardError, match=r"; 3 before it: .* data.max_damaged"):
+        list(fewer)
+    assert len({one.key for one in fewer.damaged} - {keys[0]}) == 1
 
 
 def test_a_store_that_is_gone_is_not_read_through(shards: ShardSet) -> None:

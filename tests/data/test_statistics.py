@@ -83,8 +83,10 @@ def test_a_constant_channel_does_not_blow_up(statistics: StreamStatistics) -> No
     [
         ("video", "std", [1.0] * 16, r"statistics.video.std: shape \[16\]: expected \[2,C\]"),
         ("struct", "mean", ["x"], "statistics.struct.mean"),
-        ("struct", "mean", [float("nan")] * 8, "statistics.struct.mean: .* expected finite"),
-        ("audio", "std", [-1.0] * 12, "statistics.audio.std: .* at least 0"),
+        ("struct", "mean", [1.0, *[float("nan")] * 7], r"statistics.struct.mean\[1\]: nan: expected finite"),
+        ("struct", "std", [1.0] * 5 + [-2.0] * 3, r"statistics.struct.std\[5\]: -2.0: expected finite"),
+        ("video", "std", [[1.0] * 16, [1e300] * 16], r"statistics.video.std\[1, 0\]: inf: expected finite"),
+        ("audio", "std", [-1.0] * 12, r"statistics.audio.std\[0\]: .* at least 0"),
         ("audio", "std", [1.0] * 3, "statistics.audio: .* expected one shape"),
         ("audio", "mean", None, "statistics.audio.mean"),
     ],

@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 import torch
 import webdataset
+from helpers.fake_shards import fake_extractors, fake_sample
 from helpers.people_shards import file_bytes, read_clips, write_people
 
 from data_shards.edit import check_out, drop, merge, side_of, split
 from data_shards.moments import StreamMoments
 from data_shards.reader import ShardSet
 from data_shards.schema import ClipSample, ShardError
+from data_shards.writer import ShardSetWriter
 
 STREAMS: dict[str, dict[str, Any]] = {"plain": {}, "flame": {"flame": True}, "all": {"flame": True, "text_dim": 5}}
 
@@ -117,6 +119,24 @@ def test_folder_that_exists_or_lies_inside_is_refused(work: Path, maker: str) ->
 
 
 @pytest.mark.parametrize("maker", MAKERS)
+def test_a_folder_that_comes_up_meanwhile_stays_as_it_is(
+    work: Path, maker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of another command that was given the same OUT: the clips of the two must not end in one folder."""
+    out, original = work / "out", ShardSet.open
+
+    def late(root: Path) -> ShardSet:
+        out.mkdir(exist_ok=True)
+        (out / "train-000000.tar.partial").write_bytes(b"theirs")
+        return original(root)
+
+    monkeypatch.setattr(ShardSet, "open", late)
+    with pytest.raises(ShardError, match="out: exists: expected a new folder"):
+        MAKERS[maker](work, out)
+    assert file_bytes(out) == {"train-000000.tar.partial": b"theirs"}
+
+
+@pytest.mark.parametrize("maker", MAKERS)
 def test_damage_that_is_met_leaves_no_folder(work: Path, maker: str) -> None:
     tar = work / "one/validation-000000.tar"  # read after clips were written
     data = bytearray(tar.read_bytes())
@@ -192,7 +212,10 @@ def test_merge_joins_what_was_rejected_and_names_its_sources_by_hash(work: Path)
 
 
 def test_key_in_two_sets_needs_a_prefix(tmp_path: Path) -> None:
-    roots = [write_people(tmp_path / name, clips=count) for name, count in (("a", 1), ("b", 2))]
+    roots = [
+        write_people(tmp_path / name, clips=count, sources=dict.fromkeys(("ann", "bob", "cyd"), name))
+        for name, count in (("a", 1), ("b", 2))
+    ]
     with pytest.raises(
         ShardError, match=r"sample 'ann-w0': key: .*expected one that .*/a does not use \(or --prefix\)"
     ):
@@ -202,6 +225,23 @@ def test_key_in_two_sets_needs_a_prefix(tmp_path: Path) -> None:
     assert keys == ["1-ann-w0", "1-bob-w0", "2-ann-w0", "2-ann-w1", "2-bob-w0", "2-bob-w1"]
     made, source = read_clips(tmp_path / "out")["train"][3], read_clips(tmp_path / "b")["train"][1]
     assert made.identity == "ann" and torch.equal(made.video, source.video) and made.meta == source.meta
+
+
+def test_more_clips_than_a_set_may_have_are_refused_before_any_is_read(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data_shards.edit.MAX_CLIPS", 11)
+    with pytest.raises(ShardError, match="12 clips in 2 sets: expected at most 11 in one"):
+        merge(work / "out", [work / "one", work / "two"], advance=lambda done, total: pytest.fail("read"))
+    assert not (work / "out").exists()
+
+
+def test_a_prefix_does_not_hide_a_clip_that_is_in_two_sets(work: Path) -> None:
+    """A set and one made from it have other manifests, and the same clips."""
+    drop(work / "one", work / "less", keys=["ann-w0"])
+    with pytest.raises(ShardError, match=r"less: sample '.*-w\d': clip: .*: expected one that is not in .*one"):
+        merge(work / "out", [work / "one", work / "two", work / "less"], prefix=True)
+    assert not (work / "out").exists()
 
 
 def test_key_that_a_prefix_makes_too_long(tmp_path: Path) -> None:
@@ -246,6 +286,17 @@ def test_sets_that_do_not_go_together(tmp_path: Path, make: Callable[[Path], Non
     make(tmp_path / "b")
     with pytest.raises(ShardError, match=named):
         merge(tmp_path / "out", [tmp_path / "a", tmp_path / "b"], prefix=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_sets_with_texts_of_other_lengths_are_refused_before_any_clip_is_read(tmp_path: Path) -> None:
+    write_people(tmp_path / "a", text_dim=5)
+    extractors = fake_extractors(text_dim=5)
+    with ShardSetWriter(tmp_path / "b", extractors) as writer:
+        writer.add("train", fake_sample("dan", "dan", extractors, frames=3, text_tokens=4))
+        writer.finish([], {})
+    with pytest.raises(ShardError, match=r"b: text tokens: 4: expected 3, as in .*a$"):
+        merge(tmp_path / "out", [tmp_path / "a", tmp_path / "b"], advance=lambda done, total: pytest.fail("read"))
     assert not (tmp_path / "out").exists()
 
 
@@ -364,6 +415,13 @@ def test_source_that_is_not_called_as_the_person_goes_too(tmp_path: Path) -> Non
     # Both clips by key: as if the person had been named.
     assert drop(root, tmp_path / "by-key", keys=["bob-w0", "bob-w1"]).rejected == 3
     assert file_bytes(tmp_path / "by-key") == file_bytes(tmp_path / "out")
+
+
+def test_drop_counts_the_licences_anew(tmp_path: Path) -> None:
+    """A build's count of its clips would be that of the set before."""
+    root = write_people(tmp_path / "a", info={"licences": {"CC0-1.0": 6, "cc-by": 9}})
+    drop(root, tmp_path / "out", keys=["bob-w0"])
+    assert ShardSet.open(tmp_path / "out").manifest["info"] == {"licences": {"CC0-1.0": 5}, "dropped_clips": 1}
 
 
 def test_names_are_matched_as_a_whole_and_kept_sources_stay(tmp_path: Path) -> None:

@@ -222,3 +222,14 @@ def test_a_byte_that_is_no_bool(field: str) -> None:
     sample.tensors()[field].view(torch.uint8).view(-1)[-1] = 2
     with pytest.raises(ShardError, match=f"sample 'a': {field}: byte 2: expected 0 or 1, as bool"):
         validate(sample, "clip.mp4", EXTRACTORS)
+
+
+def test_checksums_are_held_until_they_are_beside_the_tar(tmp_path: Path) -> None:
+    """Those of all clips of a large set together would be a gigabyte."""
+    with ShardSetWriter(tmp_path, EXTRACTORS, shard_bytes=1) as writer:
+        for number in range(4):
+            writer.add("train", clip(f"k{number}"))
+        rows = [len(made.row) for shard in writer._shards["train"] for made in shard.clips]
+        assert rows[:3] == [0, 0, 0] and rows[3] > 0
+        writer.finish([], {})
+    assert len(ShardSet.open(tmp_path).split("train")) == 4

@@ -69,6 +69,7 @@ CASES = [
     # Sound.
     video("mute.mp4", "R_NOAUDIO", sound=None),
     video("silent.mp4", "R_SILENT", gain=0.0),
+    video("blink.mkv", "R_NOAUDIO", sound="pcm_s16le", layout="mono", hz=16_000, seconds=(0.0, 0.02)),
     video("whisper.mp4", "R_SILENT", gain=5e-4),
     video("clipped.mp4", "R_CLIPPED", wave=lambda wave: (wave * 50).clip(-1, 1)),
     video("5.1.mp4", layout="5.1", hz=48_000),

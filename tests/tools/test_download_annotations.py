@@ -202,6 +202,35 @@ def test_celebvhq_bad_entry_is_reported_with_its_line(tmp_path: Path, key: str, 
         assert '"x_0"' in path.read_text().split("\n")[problem.line - 1]
 
 
+class Measured(str):
+    """A text that knows how many characters were searched for single strings in it."""
+
+    searched = 0
+
+    def find(self, sub: str, *span: Any) -> int:
+        Measured.searched += len(self)
+        return super().find(sub, *span)
+
+    def count(self, sub: str, start: int = 0, end: int | None = None) -> int:
+        end = len(self) if end is None else end
+        Measured.searched += end - start
+        return super().count(sub, start, end)
+
+
+def test_celebvhq_lines_are_found_in_one_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The published file has 36,000 entries: a search from its beginning for each takes minutes."""
+    count = 500
+    path = celebv(tmp_path, {f"x_{number}": entry(ytb_id=A if number % 2 else "?") for number in range(count)})
+    text = Measured(path.read_text())
+    monkeypatch.setattr(celebvhq, "read_text", lambda path: text)
+    found = celebvhq.read(tmp_path)
+    assert len(found.clips) == count // 2 == len(found.problems)
+    lines = text.split("\n")
+    assert all(f'"{problem.value}"' in lines[problem.line - 1] for problem in found.problems)
+    assert len({problem.line for problem in found.problems}) == count // 2
+    assert Measured.searched <= 2 * len(text)
+
+
 def test_celebvhq_key_that_stands_twice(tmp_path: Path) -> None:
     text = f'{{"clips": {{"k_0": {json.dumps(entry())}, "k_0": {json.dumps(entry(ytb_id=A))}}}}}'
     (tmp_path / "celebvhq_info.json").write_text(text)
@@ -251,6 +280,14 @@ def test_vfhq_short_clip_is_skipped_with_a_reason(tmp_path: Path) -> None:
     found = vfhq.read(tmp_path)
     assert [clip.name[-6:] for clip in found.clips] == ["+F1-99"]
     assert [p.kind for p in found.problems] == ["short"] and "at least 4 s" in told(found)[0]
+
+
+@pytest.mark.parametrize("rate", ["25.0", "23.976023976023978", "59.94005994005994"])
+def test_vfhq_frame_rates_as_doubles_are_printed(tmp_path: Path, rate: str) -> None:
+    file = tmp_path / f"Clip+{A}+P0+C0+F101-500.txt"
+    file.write_text(f"H 720.0\nW 1280.0\nFPS {rate}\nCROP 100.0 50.0 612.0 562.0\n")
+    (clip,) = vfhq.read(tmp_path).clips
+    assert (clip.start, clip.end) == (100 / Fraction(rate), 501 / Fraction(rate))
 
 
 @pytest.mark.parametrize(

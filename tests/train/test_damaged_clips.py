@@ -18,7 +18,7 @@ from data_shards.reader import ShardSet
 from dualforce.data.order import ClipOrder
 
 TINY = Path(__file__).resolve().parents[2] / "ds_configs" / "runs" / "tiny.json"
-CLIPS, PER_STEP, DAMAGED = 8, 4, 5
+CLIPS, PER_STEP, DAMAGED, LATER = 8, 4, 5, 2
 
 
 def damage(root: Path, number: int, change: Callable[[Tensor], Tensor]) -> Path:
@@ -31,14 +31,37 @@ def damage(root: Path, number: int, change: Callable[[Tensor], Tensor]) -> Path:
 
 
 def seed_with_the_last(root: Path) -> int:
-    """A seed with which the first step ends with the damaged clip, so that of two ranks only the second reads it."""
-    orders = ((seed, ClipOrder(ShardSet.open(root).hash, seed, CLIPS)) for seed in range(1000))
-    return next(seed for seed, order in orders if order.clips_of_step(0, PER_STEP)[-1].index == DAMAGED)
+    """A seed with which the first step ends with the damaged clip, so that of two ranks only the second reads it, and
+    LATER comes in the second step, and not as the clip that takes the damaged one's place."""
+    for seed in range(10_000):
+        order = ClipOrder(ShardSet.open(root).hash, seed, CLIPS)
+        first, second = ([ref.index for ref in order.clips_of_step(step, PER_STEP)] for step in (0, 1))
+        if first[-1] == DAMAGED and LATER in second[1:]:
+            return seed
+    raise AssertionError("no such seed")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("damaged")
+
+
+# The name, how many clips may be damaged, ranks, and the rest of the command line.
+RESUMED = (
+    ("begun", 1, 2, ("--set", "train.stop_at=1")),
+    ("too-many", 1, 1, ("--resume",)),
+    ("too-few", 0, 1, ("--resume",)),
+    ("raised", 2, 1, ("--resume",)),
+)
+
+
+def begun_and_resumed(folder: Path, root: Path, name: str, tolerated: int, world: int, more: tuple[str, ...]) -> Launch:
+    """One run, begun on two ranks and resumed on one, on a set with a damaged clip in each of its two steps."""
+    values = [f"data.shards={root}", "data.frames=9", f"data.clips_per_step={PER_STEP}", "train.steps=2",
+              "train.validation_sigmas=1", "train.log_every=1", f"data.max_damaged={tolerated}",
+              f"train.seed={seed_with_the_last(root)}"]  # fmt: skip
+    arguments = ["--run", str(TINY), "--out", str(folder / "run-resumed"), *more]
+    return Launch(name, world, arguments + [part for value in values for part in ("--set", value)])
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +74,9 @@ def outcomes(folder: Path) -> dict[str, Outcome]:
             Path(shutil.copytree(good, folder / "shape")), DAMAGED, lambda x: x.reshape(9, 16, 2, 8).contiguous()
         ),
     }
+    twice = damage(Path(shutil.copytree(sets["nan"], folder / "twice")), LATER, lambda x: x / 0 * 0)
     cases = [(name, root, sequence, 0) for name, root in sets.items() for sequence in (1, 2)]
-    launches = []
+    launches = [begun_and_resumed(folder, twice, *case) for case in RESUMED]
     for name, root, sequence, tolerated in [*cases, ("tolerated", sets["nan"], 2, 1), ("killed", good, 1, 0)]:
         workers = 2 if name in ("tolerated", "killed") else 0
         values = [f"data.shards={root}", "data.frames=9", f"data.clips_per_step={PER_STEP}", "train.steps=2",
@@ -95,3 +119,22 @@ def test_a_killed_loader_process_ends_the_run_with_one_line(outcomes: dict[str, 
     (error,) = (line for line in outcome.outputs[0].splitlines() if line.startswith("error: "))
     assert "data.workers: loader process 1 of 2 (pid " in error and "ended by SIGKILL" in error
     assert outcome.codes == [2] and "Traceback" not in outcome.outputs[0], outcome.show()
+
+
+def test_damage_is_counted_over_a_resume(outcomes: dict[str, Outcome], folder: Path) -> None:
+    """On other ranks than those that met it; and who knows of the damage may raise the limit of a run that it ended."""
+    assert outcomes["begun"].ok, outcomes["begun"].show()
+    for name, expected in (
+        ("too-many", "video: 2304 values that are not finite, the first at [0, 0, 0, 0]: expected finite numbers; "
+                     "1 before it: expected no more than data.max_damaged"),
+        ("too-few", "data.max_damaged: 0: expected at least 1, the damaged clips of the first 1 steps of "),
+    ):  # fmt: skip
+        (error,) = (line for line in outcomes[name].outputs[0].splitlines() if line.startswith("error: "))
+        assert expected in error and outcomes[name].codes == [2], outcomes[name].show()
+    assert outcomes["raised"].ok, outcomes["raised"].show()
+    run = folder / "run-resumed"
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [record["damaged_clips"] for record in records if record["kind"] == "train"] == [1, 2]
+    files = [run / f"damaged-{rank:05d}.jsonl" for rank in (0, 1)]
+    told = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    assert [(one["step"], one["key"]) for one in told] == [(1, "train-0002"), (0, "train-0005")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -14,6 +15,7 @@ SOURCE, LICENCE = "CelebV-HQ", "non-commercial research only"
 FILE = "celebvhq_info.json"
 HEIGHT = 1080  # pixels; boxes are shares of the picture, so any height fits, and more adds nothing to a face crop
 MAX_SECONDS = 1_000_000
+KEY = re.compile(r'"([^"\\]*(?:\\.[^"\\]*)*)"\s*:')
 
 
 class FieldError(ValueError):
@@ -25,9 +27,10 @@ def read(path: Path) -> Annotations:
     file = path / FILE if path.is_dir() else path
     text = read_text(file)
     found = Collector()
-    clips = _entries(file, text, found)
+    lines = lines_of_keys(text)
+    clips = _entries(file, text, lines, found)
     for key, entry in clips.items():
-        line = line_of(key, text)
+        line = lines.get(key, 1)
         try:
             found.add(clip_of(key, entry), file.name, line)
         except FieldError as error:
@@ -36,12 +39,13 @@ def read(path: Path) -> Annotations:
     return found.result(SOURCE, LICENCE, {"clips": len(clips), "videos": sum(isinstance(v, str) for v in videos)})
 
 
-def _entries(file: Path, text: str, found: Collector) -> Mapping[str, Any]:
+def _entries(file: Path, text: str, lines: Mapping[str, int], found: Collector) -> Mapping[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values: dict[str, Any] = {}
         for key, value in pairs:
             if key in values:
-                found.problem("duplicate", file.name, line_of(key, text), key, "expected a key once; the first is used")
+                line = lines.get(key, 1)
+                found.problem("duplicate", file.name, line, key, "expected a key once; the first is used")
             values.setdefault(key, value)
         return values
 
@@ -71,9 +75,15 @@ def clip_of(key: str, entry: Any) -> Clip:
     return Clip(key, video, start, end, SquareRule(top, bottom, left, right), HEIGHT)
 
 
-def line_of(key: str, text: str) -> int:
-    """Number of the line in which a key first stands; 1 where it is written with escapes."""
-    return text.count("\n", 0, max(0, text.find(f'"{key}"'))) + 1
+def lines_of_keys(text: str) -> dict[str, int]:
+    """Number of the line in which each key first stands, as it is written: one with escapes is not found by its name.
+    In one pass: the published file has some 36,000 entries."""
+    lines: dict[str, int] = {}
+    line, seen = 1, 0
+    for found in KEY.finditer(text):
+        line, seen = line + text.count("\n", seen, found.start()), found.start()
+        lines.setdefault(found.group(1), line)
+    return lines
 
 
 def _part(value: Any, name: str) -> dict[str, Any]:

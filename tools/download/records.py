@@ -15,7 +15,7 @@ from typing import Protocol
 
 MAX_NAME = 200  # bytes; a file system takes 255, and ".mp4" comes behind
 VIDEO_ID = re.compile(r"[A-Za-z0-9_-]{11}")
-NUMBER = re.compile(r"[+-]?[0-9]{1,9}(\.[0-9]{1,12})?")
+NUMBER = re.compile(r"[+-]?[0-9]{1,9}(\.[0-9]{1,20})?")  # a double of 24000 / 1001 has 15 decimals
 URL = re.compile(
     r"(?:https?://)?(?:www\.|m\.)?(?:youtube\.com/watch\?(?:[^\s#]*&)?v=|youtube\.com/(?:embed|v|shorts)/|youtu\.be/)"
     r"([A-Za-z0-9_-]{11})(?![A-Za-z0-9_-])\S*"
