@@ -47,8 +47,10 @@ def square_crop(picture: Pixels, square: NDArray[np.float64], size: int) -> Pixe
     cols = _filter(centre_x - side / 2, side, picture.shape[1], size)
     left, right = min(band.source.start for band in cols), max(band.source.stop for band in cols)
     tall = torch.empty(size, right - left, 3)
+    room = torch.empty(max(band.source.stop - band.source.start for band in rows), right - left, 3)  # once, not a band
     for band in rows:
-        patch = torch.from_numpy(picture[band.source, left:right]).float()
+        patch = room[: band.source.stop - band.source.start]
+        patch.copy_(torch.from_numpy(picture[band.source, left:right]))
         torch.matmul(band.weights, patch.flatten(1), out=tall[band.target].flatten(1))
     small = torch.empty(size, size, 3)
     for band in cols:

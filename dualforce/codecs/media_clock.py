@@ -62,8 +62,9 @@ def pixel_frames_shown(
         if time - shown > MAX_HOLD:
             raise ClockError(f"broken timestamps: no picture for {float(time - shown):.0f} s")
         stop = max(next_index, frames_before(time - slack))
-        yield previous.item, range(next_index, stop)
+        done = [(previous.item, range(next_index, stop))]
         previous, shown, next_index = picture, time, stop
+        yield done.pop()  # so that it is not held here while it is worked on: one of 8K has 50 to 100 MB
     if previous is not None:
         end = shown + min(previous.length or interval, Fraction(MAX_HOLD))
         yield previous.item, range(next_index, max(next_index, frames_before(end - slack), 1))

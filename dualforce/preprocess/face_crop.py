@@ -79,6 +79,8 @@ def crop_frames(video: Path, crop: CropTrack, spans: list[range], size: int) -> 
             found = square_crop(picture, crop.squares[index], size)
             del picture  # of 8K, 100 MB beside the next one
             yield index, found
+        else:
+            del picture
 
 
 def _cuts(boxes: Floats) -> list[int]:

@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from dualforce.codecs.memory import large_blocks_apart
 from dualforce.launch import one_thread_each
 from dualforce.preprocess.errors import BuildError
 
@@ -163,6 +164,7 @@ def _serve(connection: Connection, work: Work[T, S, R], prepare: Prepare[S], dev
 
 def _settle(device: str) -> None:
     torch.set_num_threads(1)
+    large_blocks_apart()
     if device != "cpu":
         try:
             torch.cuda.set_device(device)

@@ -12,7 +12,7 @@ import numpy as np
 from data_shards.schema import ClipSample
 from dualforce.codecs import motion_landmarker
 from dualforce.codecs.face_box import Boxes, Pixels, resize, square_boxes
-from dualforce.codecs.media import MediaError, MediaInfo, probe, stored_sound
+from dualforce.codecs.media import MediaError, MediaInfo, Treatment, probe, stored_sound
 from dualforce.codecs.media_clock import PlacedSound
 from dualforce.codecs.motion_sidecar import Sidecar, SidecarError, read_sidecar
 from dualforce.codecs.protocols import FlameEncoder, MotionEncoder, VideoCodec
@@ -39,6 +39,7 @@ class _Clip:
     job: Job
     limits: Limits
     info: MediaInfo
+    treatment: Treatment
     sidecar: Sidecar | None
     sound: PlacedSound
     speech: SpeechTrack
@@ -98,7 +99,8 @@ def _prepare(job: Job, models: Models, files: ExitStack) -> _Clip:
     limits = job.limits.for_rendered() if sidecar else job.limits
     sound = files.enter_context(stored_sound(job.video, info.zero, job.scratch))
     sound, level = quality.check_sound(sound, limits)
-    scenes = find_scenes(job.video)
+    treatment = Treatment()
+    scenes = find_scenes(job.video, treatment)
     longest = max(scenes.parts, key=lambda scene: scene.length)
     several = f" in the longest of {len(scenes.parts)} scenes" if len(scenes.parts) > 1 else ""
     quality.check_length(longest, limits, several)
@@ -116,6 +118,7 @@ def _prepare(job: Job, models: Models, files: ExitStack) -> _Clip:
         job=job,
         limits=limits,
         info=info,
+        treatment=treatment,
         sidecar=sidecar,
         sound=sound,
         speech=find_speech(sound.wave, models.speech()),
@@ -268,6 +271,8 @@ def _meta(
         meta["tags"]["text"], meta["caption"] = clip.job.caption.tag, clip.job.caption.text
     if coded := clip.codec.coded(clip.job.size, clip.job.size):
         meta["coded"] = coded
+    if treated := clip.treatment.entry():
+        meta["file"]["pictures"] = treated
     if clip.sidecar is not None:
         meta |= {"licence": clip.sidecar.licence, "audio_offset_s": clip.sidecar.audio_offset}
     if unjudged := _not_judged(clip, measured):

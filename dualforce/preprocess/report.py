@@ -49,9 +49,11 @@ class Tally:
     names: tuple[str, ...] = ()
     values: dict[str, list[float]] = field(default_factory=dict)
     licences: Counter[str] = field(default_factory=Counter)
+    pictures: Counter[str] = field(default_factory=Counter)
 
     def add(self, sample: ClipSample) -> None:
-        """Count a sample: every number among its checks, its loudness and, where motion has one, its yaw."""
+        """Count a sample: every number among its checks, its loudness, where motion has one its yaw, its licence, and
+        what was put right in its pictures."""
         for name, value in sample.meta.get("checks", {}).items():
             if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
                 if name == "rms":
@@ -61,6 +63,8 @@ class Tally:
             yaw = float(sample.struct[:, :, self.names.index("yaw")].mean())
             self.values.setdefault("yaw", []).append(yaw)
         self.licences[licence_of(sample.meta)] += 1
+        treated = sample.meta.get("file", {}).get("pictures", {})
+        self.pictures.update(f"{name}: {value}" for name, value in treated.items())
 
     def histograms(self) -> list[Histogram]:
         """One for each figure."""
@@ -124,6 +128,7 @@ def _facts(made: Made) -> dict[str, Any]:
         "reasons": {reason: {"videos": whole[reason], "windows": parts[reason]} for reason in sorted({*whole, *parts})},
         "rejected": made.rejected,
         "licences": dict(sorted(made.tally.licences.items())),
+        "pictures": dict(sorted(made.tally.pictures.items())),
         "extractors": made.extractors,
         "networks": made.networks,
         "origins": {entry["tag"]: entry["origin"] for entry in made.networks},

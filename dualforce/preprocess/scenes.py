@@ -1,8 +1,9 @@
 """Stage 1: where the picture cuts from one shot to another. The one file that imports `scenedetect`.
 
 PySceneDetect's AdaptiveDetector is fed with pixel frames of the project's own decoder: its cuts are pixel frames on the
-project's clock, whatever the file's frame rate. It sees hard cuts between pictures that differ; fades, and cuts between
-two takes of one picture, it does not see (a face that jumps is found later, by the crop).
+project's clock, whatever the file's frame rate. It sees hard cuts between pictures that differ. A fade through black is
+found here: the middle of black pictures between others is a cut. Dissolves, and cuts between two takes of one picture,
+are not found (a face that jumps is found later, by the crop).
 """
 
 from __future__ import annotations
@@ -15,17 +16,18 @@ from pathlib import Path
 
 import numpy as np
 
-from dualforce.codecs.media import iter_frames
+from dualforce.codecs.media import Treatment, iter_frames
 from dualforce.codecs.protocols import CodecError, Pixels
 from dualforce.preprocess.finder import Finder
 from dualforce.types import FPS
 
-TAG = "pyscenedetect-adaptive-v1"
+TAG = "pyscenedetect-adaptive-black-v2"
 SIDE = 256  # pictures are shrunk to this for the comparison
 RATIO = 3.0  # a cut changes the picture this many times as much as its neighbours do,
 CHANGE = 17.0  # and by at least this much: mean of the differences of hue, saturation and brightness, 0 to 255
 CHANGE_ALONE = 27.0  # by this much near the ends, where there are fewer neighbours to compare with
 AROUND = 2  # neighbours on either side
+BLACK = 4.0  # a picture with a smaller mean is black, 0 to 255; heads in the dark have several times it
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,9 @@ class Scenes:
         return self.parts[-1].stop
 
 
-def find_scenes(video: Path) -> Scenes:
-    """The scenes of a video. Raises MediaError, CodecError."""
-    return scenes_of(picture for _, picture in iter_frames(video, max_side=SIDE))
+def find_scenes(video: Path, treatment: Treatment | None = None) -> Scenes:
+    """The scenes of a video; `treatment` is told of its pictures. Raises MediaError, CodecError."""
+    return scenes_of(picture for _, picture in iter_frames(video, max_side=SIDE, treatment=treatment))
 
 
 def scenes_of(pictures: Iterable[Pixels]) -> Scenes:
@@ -73,7 +75,12 @@ def scenes_of(pictures: Iterable[Pixels]) -> Scenes:
     first: list[Pixels] = []
     last: deque[Pixels] = deque(maxlen=2 * AROUND + 1)
     count = 0
+    lit: list[int] = []  # the last picture that is not black
+    dark: list[tuple[int, int]] = []  # black pictures [start, stop) with others before and after
     for count, picture in enumerate(pictures, start=1):
+        if picture.mean() >= BLACK:
+            dark += [(place + 1, count - 1) for place in lit if place + 1 < count - 1]
+            lit = [count - 1]
         last.append(picture[..., ::-1].copy())  # the detectors want BGR
         if len(first) <= 2 * AROUND:
             first.append(last[-1])
@@ -86,6 +93,7 @@ def scenes_of(pictures: Iterable[Pixels]) -> Scenes:
     # image of the first window, or the last thing that the last window shows.
     cuts.update(place for place in _end_cuts(first) if place <= AROUND)
     cuts.update(count - len(last) + place for place in _end_cuts(list(last)) if place >= len(last) - AROUND)
+    cuts.update((start + stop) // 2 for start, stop in dark if not cuts.intersection(range(start, stop + 1)))
     edges = [0, *sorted(cuts), count]
     parts = tuple(Scene(index, start, stop) for index, (start, stop) in enumerate(pairwise(edges)))
     return Scenes(Finder(TAG, str(scenedetect.__version__)), parts)

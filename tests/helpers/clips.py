@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -92,3 +92,22 @@ def tone(frames: int, amplitude: float = 0.3) -> np.ndarray:
     """The sound [640 frames] float32 of that many pixel frames: a tone that swells and fades."""
     n = np.arange(640 * frames) / 16_000
     return (amplitude * np.sin(2 * np.pi * 220 * n) * (0.6 + 0.4 * np.sin(2 * np.pi * 3 * n))).astype(np.float32)
+
+
+def write_frames(
+    path: Path,
+    frames: Sequence[av.VideoFrame],
+    codec: str,
+    rate: Fraction,
+    options: dict[str, str],
+    touch: Callable[[Any], None] = lambda stream: None,
+) -> None:
+    """A file without sound of frames as they are, at `rate`; `touch` changes the stream before encoding."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate, options=options)
+        stream.width, stream.height, stream.pix_fmt = frames[0].width, frames[0].height, frames[0].format.name
+        touch(stream)
+        for number, frame in enumerate(frames):
+            frame.pts, frame.time_base = number, 1 / rate
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))

@@ -97,6 +97,41 @@ def test_no_cut_in_any_whole_clip(sample_dir: Path, clips_dir: Path) -> None:
         assert len(find_scenes(path).parts) == 1, path.name
 
 
+def faded(one: list[np.ndarray], other: list[np.ndarray], half: int, black: int = 1) -> list[np.ndarray]:
+    """Still pictures of a shot that fades to black in `half` pixel frames, and of one that comes up in as many."""
+    down = [(one[0] * (1 - k / half)).astype(np.uint8) for k in range(half)]
+    up = [(other[0] * ((k + 1) / half)).astype(np.uint8) for k in range(half)]
+    return [*one, *down, *[np.zeros_like(one[0])] * black, *up, *other]
+
+
+@pytest.mark.parametrize("half", [2, 5, 12, 25])
+@pytest.mark.parametrize("black", [1, 2, 10])
+def test_fades_through_black(heads: dict[str, list[np.ndarray]], half: int, black: int) -> None:
+    """Of 0.2 to 2 s, between any two of four clips: no scene shows both shots, and only black ones are cut off."""
+    chosen = [heads[name] for name in ("may_5s", "man_map_5s", "lieu_60s", "id01")]
+    for one in chosen:
+        for other in chosen:
+            if one is not other:
+                found = starts(faded(one, other, half, black))
+                first = 12 + half
+                assert len(found) > 1, found
+                assert all(first - 1 <= place <= first + black + 1 for place in found[1:]), found
+
+
+def test_only_the_black_ends_of_a_video_are_cut_off(heads: dict[str, list[np.ndarray]]) -> None:
+    black = [np.zeros_like(heads["may_5s"][0])] * 5
+    down = [(heads["may_5s"][-1] * (1 - k / 25)).astype(np.uint8) for k in range(25)]
+    up = [(heads["may_5s"][0] * (k / 25)).astype(np.uint8) for k in range(25)]
+    found = starts([*black, *up, *heads["may_5s"], *down, *black])
+    assert all(place <= 6 or place >= 66 for place in found), found
+
+
+def test_a_dark_room_is_not_black(heads: dict[str, list[np.ndarray]]) -> None:
+    """A tenth of a clip's light."""
+    for name, pictures in heads.items():
+        assert starts([(picture * 0.1).astype(np.uint8) for picture in pictures]) == [0], name
+
+
 def test_no_pictures() -> None:
     with pytest.raises(ValueError, match="expected at least one"):
         scenes_of([])
@@ -160,7 +195,7 @@ def test_a_video_is_split_at_its_cuts(three_scenes: Path, tmp_path: Path) -> Non
             "scene": 1,
         },
     )
-    assert {sample.meta["finders"]["scenes"]["tag"] for sample in samples} == {"pyscenedetect-adaptive-v1"}
+    assert {sample.meta["finders"]["scenes"]["tag"] for sample in samples} == {"pyscenedetect-adaptive-black-v2"}
     # The crop of each scene is that of its own boxes: nothing is averaged over the cut.
     sidecar = json.loads(three_scenes.with_suffix(".json").read_text())
     for sample in samples:

@@ -9,6 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
+from dualforce.codecs.media.colour_tags import ColourError
 from dualforce.codecs.media_clock import ClockError
 
 MAX_PIXELS = 2**26  # of a picture: twice 8K. More is refused before memory is taken for it
@@ -42,7 +43,7 @@ def opened(path: Path, mode: Literal["r", "w"] = "r", name: Path | None = None) 
             yield container
     except MediaError:
         raise
-    except ClockError as error:
+    except (ClockError, ColourError) as error:
         raise MediaError(name or path, str(error)) from error
     except (av.FFmpegError, OSError, EOFError) as error:
         cause = getattr(error, "strerror", None) or str(error) or type(error).__name__

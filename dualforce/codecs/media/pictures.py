@@ -1,4 +1,4 @@
-"""Pictures of a file on the project's clock, upright, with square pixels."""
+"""Pictures of a file on the project's clock: upright, square pixels, progressive, BT.709 colours."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from dualforce.codecs.media.colour_tags import Colours
 from dualforce.codecs.media.container import MediaError, opened, stream_of, time_of
+from dualforce.codecs.media.interlaced import progressive
+from dualforce.codecs.media.treatment import Treatment
 from dualforce.codecs.media_clock import Timed, pixel_frames_shown
+from dualforce.codecs.memory import give_back_memory
 from dualforce.codecs.protocols import Pixels
 from dualforce.types import FPS
 
@@ -48,31 +52,45 @@ def probe(path: Path) -> MediaInfo:
 
 
 def iter_frames(
-    path: Path, *, max_side: int | None = None, step: int = 1, last: bool = False
+    path: Path, *, max_side: int | None = None, step: int = 1, last: bool = False, treatment: Treatment | None = None
 ) -> Iterator[tuple[int, Pixels]]:
     """Yield (k, picture [H,W,3] uint8) for pixel frames k = 0, step, 2 step, ... at 25 frames a second.
 
     Pixel frame k is the source picture on screen at k / 25 s after the first one. `max_side` shrinks larger pictures;
-    `last` adds the video's final pixel frame. One picture is held at a time. Raises MediaError.
+    `last` adds the video's final pixel frame. `treatment` is told of every picture as it comes from the decoder. One
+    picture is held at a time, and the decoder's memory goes back to the system at the end. Raises MediaError.
     """
+    try:
+        yield from _frames(path, max_side, step, last, treatment)
+    finally:
+        give_back_memory()
+
+
+def _frames(
+    path: Path, max_side: int | None, step: int, last: bool, treatment: Treatment | None
+) -> Iterator[tuple[int, Pixels]]:
     with opened(path) as container:
         stream = stream_of(container, "video", path)
+        colours = Colours()
+        shown = False
         size: tuple[int, int] | None = None
         final: tuple[int, Any] | None = None
-        for frame, indices in _on_clock(container.decode(stream), stream):
+        for frame, indices in _on_clock(_told(container.decode(stream), stream, treatment), stream):
             size = size or _display_size(frame, stream, max_side)
-            if indices:
+            if indices and last:
                 final = (indices[-1], frame)
+            shown = shown or bool(indices)
             wanted = [k for k in indices if k % step == 0]
-            if wanted:
-                picture = _upright(frame, size)
+            picture = _upright(frame, size, colours) if wanted else None
+            del frame  # before the picture is worked on, as the picture before the next frame: of 8K 100 MB each
+            if picture is not None:
                 for k in wanted:
                     yield k, picture
-                del picture  # or it would be there beside the next one
-        if size is None or final is None:
+            del picture
+        if size is None or not shown:
             raise MediaError(path, "no picture could be decoded")
-        if last and final[0] % step:
-            yield final[0], _upright(final[1], size)
+        if final is not None and final[0] % step:
+            yield final[0], _upright(final[1], size, colours)
 
 
 def read_image(path: Path) -> Pixels:
@@ -84,11 +102,18 @@ def _length(frame: Any) -> Fraction | None:
     return frame.duration * Fraction(frame.time_base) if frame.duration else None
 
 
+def _told(frames: Iterable[Any], stream: Any, treatment: Treatment | None) -> Iterator[Any]:
+    for frame in frames:
+        if treatment is not None:
+            treatment.add(frame, stream)
+        yield frame
+
+
 def _on_clock(frames: Iterable[Any], stream: Any) -> Iterator[tuple[Any, range]]:
     """Pair each decoded frame with the pixel frames during which it is on screen."""
     pictures = (Timed(frame, time_of(frame), _length(frame)) for frame in frames)
     interval = 1 / Fraction(stream.average_rate or FPS)
-    return pixel_frames_shown(pictures, interval, Fraction(stream.time_base))
+    return pixel_frames_shown(progressive(pictures), interval, Fraction(stream.time_base))
 
 
 def _display_size(frame: Any, stream: Any, max_side: int | None) -> tuple[int, int]:
@@ -103,9 +128,8 @@ def _quarter_turns(frame: Any) -> int:
     return round(frame.rotation / 90) % 4
 
 
-def _upright(frame: Any, size: tuple[int, int]) -> Pixels:
+def _upright(frame: Any, size: tuple[int, int], colours: Colours) -> Pixels:
     """RGB picture of a decoded frame at `size` (before rotation), turned upright."""
-    method = "AREA" if (frame.width, frame.height) != size else None
-    picture = frame.reformat(width=size[0], height=size[1], format="rgb24", interpolation=method).to_ndarray()
+    picture = colours.picture(frame, size)
     turns = _quarter_turns(frame)
     return np.ascontiguousarray(np.rot90(picture, turns)) if turns else picture

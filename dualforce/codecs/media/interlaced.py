@@ -1,0 +1,77 @@
+"""Whole pictures of interlaced ones: FFmpeg's bwdif, one picture for each that comes, at its time."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from dualforce.codecs.media_clock import Timed
+
+METHOD = "bwdif"
+# One picture for each, by the field order that it states; pictures that are not interlaced pass unchanged.
+OPTIONS = "mode=send_frame:parity=auto:deint=interlaced"
+
+
+def progressive(pictures: Iterable[Timed[Any]]) -> Iterator[Timed[Any]]:
+    """The decoded frames of one stream without combing.
+
+    Frames before the first interlaced one are handed through as they are; from there on, up to a change of size or
+    format, each is held until the next one is known, which bwdif looks at.
+    """
+    work: _Deinterlacer | None = None
+    for picture in pictures:
+        if work is not None and not work.fits(picture.item):
+            yield from work.rest()
+            work = None
+        if work is None and picture.item.interlaced_frame:
+            work = _Deinterlacer(picture.item)
+        if work is None:
+            yield picture
+        else:
+            yield from work.feed(picture)
+    if work is not None:
+        yield from work.rest()
+
+
+class _Deinterlacer:
+    def __init__(self, frame: Any) -> None:
+        from av.filter import Graph
+
+        self._kind = _kind(frame)
+        self._graph = Graph()
+        source = self._graph.add_buffer(
+            width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base
+        )
+        self._graph.link_nodes(source, self._graph.add(METHOD, OPTIONS), self._graph.add("buffersink")).configure()
+        self._times: deque[Timed[Any]] = deque()  # the filter's own times are not looked at: it has none for some
+
+    def fits(self, frame: Any) -> bool:
+        return self._kind == _kind(frame)
+
+    def feed(self, picture: Timed[Any]) -> Iterator[Timed[Any]]:
+        """What is done once this picture is known."""
+        self._times.append(picture._replace(item=None))
+        self._graph.push(picture.item)
+        yield from self._done()
+
+    def rest(self) -> Iterator[Timed[Any]]:
+        """What is left at the end."""
+        self._graph.push(None)
+        yield from self._done()
+        if self._times:
+            raise RuntimeError(f"{METHOD}: {len(self._times)} pictures fewer than came: expected as many")
+
+    def _done(self) -> Iterator[Timed[Any]]:
+        import av
+
+        while True:
+            try:
+                frame = self._graph.pull()
+            except (av.BlockingIOError, av.EOFError):
+                return
+            yield self._times.popleft()._replace(item=frame)
+
+
+def _kind(frame: Any) -> tuple[int, int, str, int]:
+    return frame.width, frame.height, frame.format.name, frame.rotation
