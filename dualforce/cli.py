@@ -16,7 +16,7 @@ from data_shards.schema import ShardError
 from dualforce.codecs.media import MediaError
 from dualforce.codecs.motion_sidecar import SidecarError
 from dualforce.codecs.protocols import CodecError
-from dualforce.config import ConfigError, read_json
+from dualforce.config import ConfigError
 from dualforce.data_commands import app as data_app
 from dualforce.generate.inputs import GenerateError, Sources
 from dualforce.generate.request import Sampling
@@ -53,10 +53,9 @@ def export(
     dtype: Annotated[DtypeName, typer.Option(help="type of the stored weights")] = "float32",
 ) -> None:
     """Turn a checkpoint of a run into a model folder. Needs no GPU."""
-    from dualforce.train.checkpoint import read_fp32_state  # imports DeepSpeed, which takes seconds
+    from dualforce.train.checkpoint import read_fp32_state, run_config  # imports DeepSpeed, which takes seconds
 
-    origin = run / "config.json"
-    config = folder_config(read_json(origin), str(origin))
+    config = folder_config(run_config(run, step), str(run))
     state = tower_state(read_fp32_state(run, step))
     write_model(out, state, config, dtype=DTYPES[dtype], progress=True)
     logger.info("model written to %s", out)

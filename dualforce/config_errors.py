@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Sequence
+from typing import get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -48,7 +49,9 @@ def _inside_value(kind: type[BaseModel], path: list[str]) -> bool:
 def _keys_at(kind: type[BaseModel], path: list[str]) -> list[str]:
     for part in path:
         field = kind.model_fields.get(part)
-        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
+        choices = () if field is None else (field.annotation, *get_args(field.annotation))
+        sections = [one for one in choices if isinstance(one, type) and issubclass(one, BaseModel)]
+        if not sections:
             return []
-        kind = field.annotation
+        kind = sections[0]
     return list(kind.model_fields)

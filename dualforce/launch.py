@@ -10,24 +10,27 @@ import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import numpy
 import torch
 import torch.distributed
 
-from megatron_ext.parallel.grid import ProcessGrid
+from megatron_ext.parallel.grid import ProcessGrid, check_grid
 
+LEAVE_TOGETHER = timedelta(seconds=30)  # how long a rank that ends waits for the others to come as far
 THREAD_COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "OPENCV_FOR_THREADS_NUM")
 
 
 def start(sequence: int, seed: int) -> ProcessGrid:
     """Join the other ranks of this run and return the grid; works under deepspeed, torchrun, and alone.
 
-    Raises ValueError when `sequence` does not divide the world size. Also seeds the global generators (initial weights;
-    noise has its own) and sets up logging.
+    Raises ValueError when `sequence` does not divide the world size, before any rank waits for another. Also seeds the
+    global generators (initial weights; noise has its own) and sets up logging.
     """
     cuda = torch.cuda.is_available()
     _defaults(cuda)
+    check_grid(int(os.environ["WORLD_SIZE"]), sequence)
     # DeepSpeed 0.19.8 calls torch's older names of the same collectives; nothing that a user could act on.
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
     logging.getLogger("DeepSpeed").addFilter(_worth_showing)
@@ -58,9 +61,36 @@ def finish() -> None:
         torch.distributed.destroy_process_group()
 
 
+def wait_for_others() -> None:
+    """Before a rank ends for a reason that all ranks have: who leaves while another still joins, or is told of the same
+    reason, breaks its connection, and it would end with a word on that. Waits for `LEAVE_TOGETHER` at most, as ranks
+    may have died; alone, and before the ranks have begun to meet, not at all."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    store = torch.distributed.PrefixStore("leaving", torch.distributed.distributed_c10d._get_default_store())
+    try:
+        store.set(f"here/{rank}", "")
+        store.wait([f"here/{other}" for other in range(world)], LEAVE_TOGETHER)
+        store.set(f"gone/{rank}", "")
+        if rank == 0:  # which holds the store
+            store.wait([f"gone/{other}" for other in range(world)], LEAVE_TOGETHER)
+    except RuntimeError:  # DistError: too late, or the store is gone with the rank that held it
+        return
+
+
 def is_main() -> bool:
     """Whether this process speaks for the run."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def speaks(agreed: bool) -> bool:
+    """Whether this process tells why it ends. `agreed`: all ranks know that they end for the same reason. Where they
+    have not met, each machine's first one does, as the other machines may not have that reason; where they have, and
+    have not agreed, everyone."""
+    if torch.distributed.is_initialized():
+        return is_main() or not agreed
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def seed_everything(seed: int) -> None:

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers.tiny_model import tiny_config
 from pydantic import ValidationError
 
-from dualforce.config import ConfigError, RunConfig, load_run, read_json, validate
+from dualforce.config import ConfigError, RunConfig, validate
+from dualforce.config_file import load_run, read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 MINIMAL: dict[str, Any] = {"preset": "tiny", "deepspeed": "zero1.json", "train": {"steps": 3}}
@@ -186,3 +188,30 @@ def test_run_survives_its_own_json() -> None:
 def test_model_that_cannot_be_built(change: dict[str, Any], expected: str) -> None:
     with pytest.raises(ValidationError, match=expected):
         tiny_config(**change)
+
+
+def test_a_key_that_comes_twice_is_refused(tmp_path: Path) -> None:
+    """In any object of a file, and in DeepSpeed's files too, which are read by the same function."""
+    for text, key in (
+        ('{"preset": "tiny", "preset": "small"}', "preset"),
+        ('{"train": {"steps": 3, "seed": 1, "steps": 5}}', "steps"),
+        ('{"list": [{"a": 1}, {"a": 1, "a": 1}]}', "a"),
+    ):
+        (tmp_path / "twice.json").write_text(text)
+        with pytest.raises(ConfigError, match=rf"twice\.json: key {key}: given twice: expected once"):
+            read_json(tmp_path / "twice.json")
+    (tmp_path / "twice.json").write_text('{"a": {"b": 1}, "b": [{"a": 2}, {"a": 3}]}')
+    assert read_json(tmp_path / "twice.json") == {"a": {"b": 1}, "b": [{"a": 2}, {"a": 3}]}
+
+
+def test_brackets_without_end_are_one_line(tmp_path: Path) -> None:
+    (tmp_path / "deep.json").write_text('{"a": ' + "[" * 200_000)
+    with pytest.raises(ConfigError, match=r"deep\.json: not JSON that can be read: too many brackets in each other"):
+        read_json(tmp_path / "deep.json")
+
+
+def test_a_seed_that_no_generator_takes_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, "run.json", MINIMAL)
+    torch.manual_seed(load_run(path, [f"train.seed={2**63 - 1}"]).train.seed)
+    with pytest.raises(ConfigError, match=rf"train\.seed = {2**63}: Input should be less than {2**63}"):
+        load_run(path, [f"train.seed={2**63}"])

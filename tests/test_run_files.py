@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dualforce.config import load_run
+from dualforce.config_file import load_run
 from dualforce.presets import PRESETS
 
 RUNS = Path(__file__).resolve().parent.parent / "ds_configs" / "runs"

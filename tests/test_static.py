@@ -14,7 +14,13 @@ ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ("dualforce", "megatron_ext", "data_shards")
 
 # What each part may import of the project, beside itself. The longest prefix that fits a module counts.
-BASE = ("dualforce.types", "dualforce.config", "dualforce.config_errors", "dualforce.presets")
+BASE = (
+    "dualforce.types",
+    "dualforce.config",
+    "dualforce.config_errors",
+    "dualforce.config_file",
+    "dualforce.presets",
+)
 MIDDLE = tuple(f"dualforce.{name}" for name in ("model", "diffusion", "losses", "data", "codecs"))
 BOTTOM = ("megatron_ext", "data_shards")
 TOP = tuple(f"dualforce.{name}" for name in ("train", "generate", "weights", "preprocess"))
@@ -25,6 +31,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "dualforce.types": (),
     "dualforce.config_errors": (),
     "dualforce.config": ("dualforce.types", "dualforce.config_errors"),
+    "dualforce.config_file": ("dualforce.config",),
     "dualforce.presets": ("dualforce.types", "dualforce.config"),
     "dualforce.launch": (*BASE, "megatron_ext"),
     "dualforce.model": (*BASE, "megatron_ext"),

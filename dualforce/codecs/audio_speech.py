@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from dualforce.codecs.protocols import CodecError, Samples, Wave
-from dualforce.config import read_json
+from dualforce.config_file import read_json
 from dualforce.types import AUDIO_HZ, SAMPLE_RATE
 
 KINDS = ("hubert", "whisper")

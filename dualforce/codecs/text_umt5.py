@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dualforce.codecs.protocols import CodecError
-from dualforce.config import read_json
+from dualforce.config_file import read_json
 
 KIND, VERSION = "umt5", "v1"
 TOKENS = 512

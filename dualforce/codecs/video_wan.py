@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from dualforce.codecs.pixels import check_pixels, to_bytes, to_unit
 from dualforce.codecs.protocols import VIDEO_STRIDE, CodecError, Pixels
-from dualforce.config import read_json
+from dualforce.config_file import read_json
 from dualforce.types import latent_frames
 
 KIND, VERSION = "wan2.1", "v1"

@@ -7,7 +7,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from dualforce.config import ConfigError, read_json
+from dualforce.config import ConfigError
+from dualforce.config_file import read_json
 from dualforce.preprocess.quality import Limits
 
 _LARGEST = {"seconds": 3600.0, "face_share": 2.0, "yaw_degrees": 180.0, "sharpness": 8.0}  # shares and levels: 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-from dualforce.config import read_json
+from dualforce.config_file import read_json
 
 
 class PerVideoError(ValueError):

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from data_shards.remote.fetch import RemoteError
 from data_shards.schema import MachineError, ShardError
 from dualforce import launch
-from dualforce.config import ConfigError, ModelConfig, RunConfig, load_run, read_json
+from dualforce.config import ConfigError, ModelConfig, RunConfig
+from dualforce.config_file import load_run
+from dualforce.train.agree import AgreedError, together
 
 if TYPE_CHECKING:
     from dualforce.data.buckets import Buckets
@@ -35,8 +37,8 @@ def main() -> None:
         job, start = _prepare(run, out, arguments.resume)
     except (MachineError, RemoteError) as error:  # each rank reads for itself
         _leave(error, True)
-    except ValueError as error:  # ConfigError and ShardError too; every rank meets the same one
-        _leave(error, launch.is_main())
+    except ValueError as error:  # ConfigError and ShardError too
+        _leave(error, launch.speaks(isinstance(error, AgreedError)), all_ranks=True)
     from dualforce.data.workers import LoaderError
     from dualforce.train.damage import DamageError
     from dualforce.train.engine import close_engine
@@ -48,15 +50,20 @@ def main() -> None:
         _leave(error, True)
     except DamageError as error:  # every rank meets it
         _leave(error, launch.is_main())
+    except ConfigError as error:  # a checkpoint that cannot be written; every rank meets the same one
+        _leave(error, launch.speaks(isinstance(error, AgreedError)), all_ranks=True)
     except ShardError as error:  # a clip's; only the ranks that share the clip meet it, and the first of them speaks
-        _leave(error, job.context.grid.sp_rank == 0)
+        _leave(error, job.context.grid.sp_rank == 0, all_ranks=job.context.grid.dp == 1)
     close_engine(job.engine)
     launch.finish()
 
 
-def _leave(error: Exception, speak: bool) -> NoReturn:
+def _leave(error: Exception, speak: bool, all_ranks: bool = False) -> NoReturn:
+    """`all_ranks`: for a reason that all of them have."""
     if speak:
         print(f"error: {error}", file=sys.stderr, flush=True)
+    if all_ranks:
+        launch.wait_for_others()
     raise SystemExit(2) from None
 
 
@@ -76,10 +83,12 @@ def _parser() -> argparse.ArgumentParser:
 def _check_out(out: Path, resume: bool) -> None:
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out}: is a file; expected a folder for the run")
-    if not resume and (out / "checkpoints").exists():
+    # A run that was killed before its first checkpoint was complete begins again; what there is of it is put aside.
+    pointer = out / "checkpoints" / "LATEST"
+    if not resume and pointer.exists():
         raise ConfigError(f"{out}: holds checkpoints; add --resume to go on, or name another --out")
-    if resume and not (out / "checkpoints").exists():
-        raise ConfigError(f"{out}: --resume, but there is no checkpoints folder")
+    if resume and not pointer.exists():
+        raise ConfigError(f"{out}: --resume, but there is no {pointer}: expected a complete checkpoint to go on from")
 
 
 def statistics_of_run(out: Path, buckets: Buckets, allow_new: bool) -> dict[str, Any]:
@@ -89,7 +98,7 @@ def statistics_of_run(out: Path, buckets: Buckets, allow_new: bool) -> dict[str,
     """
     from dualforce.train.checkpoint import read_state
 
-    saved, state = read_json(out / "config.json"), read_state(out)
+    state = read_state(out)
     if state.shards != buckets.hash and not allow_new:
         sources = ", ".join(str(opened.source) for opened in buckets.sets)
         raise ConfigError(
@@ -97,13 +106,16 @@ def statistics_of_run(out: Path, buckets: Buckets, allow_new: bool) -> dict[str,
             f"{sources}, as the order of the clips follows from it (data.allow_new_shards = true goes on with "
             "the other set, in its order)"
         )
-    if saved.get("extractors") != buckets.extractors:
+    if state.config.get("extractors") != buckets.extractors:
         raise ConfigError(
-            f"{out / 'config.json'}: extractors differ from those of data.shards; expected those of the run's beginning"
+            f"{out}: checkpoint of step {state.step}: extractors differ from those of data.shards; expected those of "
+            "the run's beginning"
         )
-    found = saved.get("statistics")
+    found = state.config.get("statistics")
     if not isinstance(found, dict):
-        raise ConfigError(f"{out / 'config.json'}: statistics: {type(found).__name__}: expected an object")
+        raise ConfigError(
+            f"{out}: checkpoint of step {state.step}: statistics: {type(found).__name__}: expected an object"
+        )
     return found
 
 
@@ -113,15 +125,15 @@ def _with_flame(found: dict[str, Any], run: RunConfig, out: Path, buckets: Bucke
     Raises ConfigError where such a run's FLAME loss still has a weight: its projection knows other targets.
     """
     from dualforce.losses.total import flame_weight
-    from dualforce.train.checkpoint import read_state
+    from dualforce.train.checkpoint import newest_step
 
     if "flame" in found or "flame" not in buckets.extractors:
         return found
-    step = read_state(out).step
+    step = newest_step(out)
     if flame_weight(run.loss, step) > 0:
         raise ConfigError(
-            f"{out / 'config.json'}: statistics.flame: absent: expected those that FLAME is standardised with (the run "
-            f"began with FLAME as stored, and loss.flame still counts at step {step}: begin a new one)"
+            f"{out}: checkpoint of step {step}: statistics.flame: absent: expected those that FLAME is standardised "
+            "with (the run began with FLAME as stored, and loss.flame still counts: begin a new one)"
         )
     return {**found, "flame": buckets.statistics()["flame"]}
 
@@ -153,24 +165,30 @@ def _prepare(run: RunConfig, out: Path, resume: bool) -> tuple[Job, int]:
     statistics = StreamStatistics.from_manifest(values)
     statistics.check_flame(buckets.extractors, str(out / "config.json"))
     grid = launch.start(run.parallel.sequence, run.train.seed)
-    job, start = prepare_job(run, model, buckets, statistics, grid, out, resume)
-    if grid.rank == 0:
-        write_config(out, run, model, buckets, values)
+    content = config_content(run, model, buckets, values)
+    job, start = prepare_job(run, model, buckets, statistics, grid, out, resume, content)
+    together(grid, lambda: write_config(out, content) if grid.rank == 0 else None)
     return job, start
 
 
-def write_config(
-    out: Path, run: RunConfig, model: ModelConfig, buckets: Buckets, statistics: Mapping[str, Any]
-) -> None:
-    """Write OUT/config.json: the run, the model, what the shards say of the codecs and sizes, and the statistics."""
-    content = {
+def config_content(
+    run: RunConfig, model: ModelConfig, buckets: Buckets, statistics: Mapping[str, Any]
+) -> dict[str, Any]:
+    """OUT/config.json: the run, the model, what the shards say of the codecs and sizes, and the statistics."""
+    return {
         "run": run.model_dump(mode="json"),
         "model": model.model_dump(mode="json"),
         "extractors": buckets.extractors,
         "statistics": statistics,
         "geometry": buckets.geometry(),
     }
-    (out / "config.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def write_config(out: Path, content: Mapping[str, Any]) -> None:
+    """Write OUT/config.json whole or not at all: a resumed run has one already."""
+    from dualforce.train.manifest import replace_file
+
+    replace_file(out / "config.json", json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

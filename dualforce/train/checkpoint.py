@@ -1,6 +1,6 @@
 """Saving, resuming and reading checkpoints. DeepSpeed's files are pickles, so only a run's own folder is ever loaded.
 
-RUN/checkpoints/step-000010/   DeepSpeed's files, rng-00000.safetensors per rank, state.json
+RUN/checkpoints/step-000010/   DeepSpeed's files, rng-00000.safetensors per rank, state.json; manifest.json last
 RUN/checkpoints/LATEST         the newest complete one, replaced after every rank has written
 """
 
@@ -9,28 +9,40 @@ from __future__ import annotations
 import importlib
 import json
 import logging
-import os
-import random
+import re
+import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy
-import torch
-import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 
-from dualforce.config import ConfigError, read_json
+from dualforce.config import ConfigError
+from dualforce.config_file import read_json
+from dualforce.train.agree import gathered, together
 from dualforce.train.engine import BATCH_KEYS
 from dualforce.train.gather_unit import Slot, unpack_state
-from dualforce.train.partitions import files_of
-from dualforce.train.reshape import describe_change, load_reshaped, other_partition, together
+from dualforce.train.generators import generator_states, restore_generators
+from dualforce.train.manifest import (
+    FileSum,
+    begin_folder,
+    check_file,
+    check_share,
+    read_manifest,
+    replace_file,
+    summed,
+    with_others,
+    write_manifest,
+)
+from dualforce.train.partitions import read_stored
+from dualforce.train.reshape import describe_change, load_reshaped, other_partition
 from megatron_ext.parallel.grid import ProcessGrid
 
 logger = logging.getLogger(__name__)
 
-POINTER = "LATEST"
+POINTER, STATE = "LATEST", "state.json"
 
 
 @dataclass(frozen=True)
@@ -47,34 +59,71 @@ class SavedState:
     units: dict[str, dict[str, list[Slot]]]  # where each parameter lies in the flat tensors of its gather unit
     optimizer: str  # its class
     shards: str  # hash of the shard set
+    config: dict[str, Any]  # what config.json has beside the run: model, extractors, statistics, geometry
     # Set (its number in data.shards) and key of each clip that could not be read, over all ranks since the run began.
     damaged: tuple[tuple[int, str], ...] = ()  # checkpoints from before it was kept count from zero
 
 
 def save(engine: Any, run_dir: Path, state: SavedState, grid: ProcessGrid) -> None:
-    """Write a checkpoint; every rank calls it. The pointer moves only after all ranks have finished."""
+    """Write a checkpoint; every rank calls it. The pointer moves only after all ranks have finished.
+
+    Raises ConfigError, the same on every rank, where one of them cannot write; the pointer is then where it was.
+    """
     folder, tag = run_dir / "checkpoints", _tag(state.step)
-    engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
-    save_file(_generator_states(grid.device), folder / tag / f"rng-{grid.rank:05d}.safetensors")
-    if grid.rank == 0:
-        _replace(folder / tag / "state.json", json.dumps(asdict(state), indent=1))
-    if grid.world > 1:
-        dist.barrier()
-    if grid.rank == 0:
-        _replace(folder / POINTER, tag + "\n")
+    together(grid, lambda: begin_folder(folder / tag) if grid.rank == 0 else None)
+    with summed(engine) as writer:
+        engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+
+    def own_files() -> dict[str, FileSum]:
+        if writer.error is not None:
+            raise writer.error
+        generators = tensor_bytes(generator_states(grid.device))
+        writer.add(folder / tag / _rng_file(grid.rank), generators)
+        if grid.rank == 0:
+            writer.add(folder / tag / STATE, json.dumps(asdict(state), indent=1).encode())
+        return {path.relative_to(folder / tag).as_posix(): found for path, found in writer.sums.items()}
+
+    try:
+        files = {name: one for own in gathered(grid, own_files) for name, one in own.items()}
+    except ConfigError:
+        if grid.rank == 0:  # what is there of it takes the room that was too small
+            shutil.rmtree(folder / tag, ignore_errors=True)
+        raise
+
+    def publish() -> None:
+        write_manifest(folder / tag, with_others(folder / tag, files))
+        replace_file(folder / POINTER, tag + "\n")
+
+    together(grid, publish if grid.rank == 0 else lambda: None)
+
+
+def newest_step(run_dir: Path) -> int:
+    """The step of a run's newest complete checkpoint; ConfigError when there is none."""
+    pointer = run_dir / "checkpoints" / POINTER
+    try:
+        text = pointer.read_bytes()
+    except FileNotFoundError:
+        raise ConfigError(f"{pointer}: no such file; expected a run with a checkpoint") from None
+    except OSError as error:
+        raise ConfigError(f"{pointer}: cannot be read: {error.strerror or error}") from None
+    found = re.fullmatch(rb"step-(\d{6,})\n?", text)
+    if not found:
+        raise ConfigError(f"{pointer}: {text[:40]!r}: expected the name of a checkpoint, such as step-000500")
+    return int(found[1])
 
 
 def read_state(run_dir: Path, step: int | None = None) -> SavedState:
-    """The state of a run's newest complete checkpoint, or of `step`; ConfigError when there is none."""
-    folder = run_dir / "checkpoints"
-    pointer = folder / POINTER
-    if step is None and not pointer.is_file():
-        raise ConfigError(f"{pointer}: no such file; expected a run with a checkpoint")
-    tag = pointer.read_text(encoding="utf-8").strip() if step is None else _tag(step)
-    values = read_json(folder / tag / "state.json")
-    for key in ("units", "shards"):
+    """The state of a run's newest complete checkpoint, or of `step`, compared with the manifest; ConfigError when there
+    is none, or not as it was written."""
+    step = newest_step(run_dir) if step is None else step
+    folder = run_dir / "checkpoints" / _tag(step)
+    path, files = folder / STATE, read_manifest(folder)
+    if STATE not in files:
+        raise ConfigError(f"{folder}: no {STATE} in its manifest: expected a checkpoint of this version")
+    check_file(folder, STATE, files[STATE])
+    values = read_json(path)
+    for key in ("units", "shards", "config"):
         if key not in values:
-            path = folder / tag / "state.json"
             raise ConfigError(
                 f"{path}: key {key} is missing: expected a checkpoint of this version, 0.1.0 exports its own"
             )
@@ -85,27 +134,34 @@ def read_state(run_dir: Path, step: int | None = None) -> SavedState:
             for unit, of in saved.units.items()
         }
         damaged = tuple((int(bucket), str(key)) for bucket, key in saved.damaged)
-        return replace(saved, units=units, damaged=damaged)
     except (TypeError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{folder / tag / 'state.json'}: {error}") from None
+        raise ConfigError(f"{path}: {error}") from None
+    if saved.step != step:
+        raise ConfigError(f"{path}: step = {saved.step}: expected {step}, as its folder is named")
+    return replace(saved, units=units, damaged=damaged)
+
+
+def run_config(run_dir: Path, step: int | None = None) -> dict[str, Any]:
+    """What config.json said when the newest checkpoint, or that of `step`, was written."""
+    saved = read_state(run_dir, step)
+    return {"run": saved.run, **saved.config}
 
 
 def resume(engine: Any, run_dir: Path, expected: SavedState, grid: ProcessGrid) -> int:
     """Load the newest checkpoint into the engine and the generators; returns the steps done. Every rank calls it.
 
-    Raises ConfigError, the same on every rank, when the checkpoint was written with another configuration or lacks
-    files. Intervals, `stop_at` and the run's shape may differ: with the same ranks and ZeRO stage DeepSpeed loads its
-    own files, else reshape.py does. Generators of a rank that the checkpoint has not got stay as they began: losses do
-    not depend on them.
+    Raises ConfigError, the same on every rank, when the checkpoint was written with another configuration, lacks files
+    or has other bytes than were written: each rank reads its share of the files before any of them loads. Intervals,
+    `stop_at` and the run's shape may differ: with the same ranks and ZeRO stage DeepSpeed loads its own files, else
+    reshape.py does. Generators of a rank that the checkpoint has not got stay as they began: losses do not depend on
+    them.
     """
-    saved = read_state(run_dir)
-    _check_same(saved, expected, run_dir)
+    saved = together(grid, lambda: _resumable(run_dir, expected))
     folder, tag = run_dir / "checkpoints", _tag(saved.step)
-    generators = folder / tag / f"rng-{grid.rank:05d}.safetensors"
     change = describe_change(saved, expected)
     if change is not None:
         logger.info("%s: step %d goes on in another shape: %s", run_dir, saved.step, change)
-    together(grid, lambda: _check_files(saved, expected, generators, grid.rank))
+    together(grid, lambda: check_share(folder / tag, read_manifest(folder / tag), grid.rank, grid.world))
     if other_partition(saved, expected):
         load_reshaped(engine, folder / tag, saved, expected, grid)
     else:
@@ -113,36 +169,32 @@ def resume(engine: Any, run_dir: Path, expected: SavedState, grid: ProcessGrid) 
         if loaded is None:
             raise ConfigError(f"{folder / tag}: DeepSpeed found nothing to load")
     if grid.rank < saved.world:
-        _restore_generators(load_file(generators), grid.device)
+        restore_generators(load_file(folder / tag / _rng_file(grid.rank)), grid.device)
     return saved.step
 
 
 def read_fp32_state(run_dir: Path, step: int | None = None) -> dict[str, Tensor]:
     """All weights of a checkpoint in fp32 on the CPU, whatever the ZeRO stage; needs neither GPU nor ranks.
 
-    Keys are those of TrainModule: `model.` for the towers, `heads.` for the loss heads.
+    Keys are those of TrainModule: `model.` for the towers, `heads.` for the loss heads. ConfigError for a checkpoint
+    that is not as it was written.
     """
     saved = read_state(run_dir, step)
     folder, tag = run_dir / "checkpoints", _tag(saved.step)
+    check_share(folder / tag, read_manifest(folder / tag), 0, 1)
     if saved.zero_stage == 0:
-        # No partitions to merge: the module's own state dict is whole, and DeepSpeed's converter does not read it.
-        path = folder / tag / "mp_rank_00_model_states.pt"
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return unpack_state({name: tensor.float() for name, tensor in content["module"].items()}, saved.units)
+        # Nothing to merge, and DeepSpeed's converter does not read it. In bf16 the weights are the optimizer's copies.
+        stored = read_stored(folder / tag, 0, False, saved.world, saved.units)
+        return unpack_state({name: held[0][1].weights for name, held in stored.pieces.items()}, saved.units)
     zero_to_fp32 = importlib.import_module("deepspeed.utils.zero_to_fp32")
     state: dict[str, Tensor] = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=tag)
     return unpack_state(state, saved.units)
 
 
-def _check_files(saved: SavedState, expected: SavedState, generators: Path, rank: int) -> None:
-    """Of what this rank will load itself; DeepSpeed would end one rank, and leave the others waiting for it."""
-    files = [generators] if rank < saved.world else []
-    if not other_partition(saved, expected):
-        bf16 = bool(saved.engine.get("bf16", {}).get("enabled"))
-        files += files_of(generators.parent, saved.zero_stage, bf16, rank)
-    for path in files:
-        if not path.is_file():
-            raise ConfigError(f"{path}: no such file; expected the files of every rank of the checkpoint")
+def _resumable(run_dir: Path, expected: SavedState) -> SavedState:
+    saved = read_state(run_dir)
+    _check_same(saved, expected, run_dir)
+    return saved
 
 
 def _check_same(saved: SavedState, expected: SavedState, run_dir: Path) -> None:
@@ -199,34 +251,5 @@ def _tag(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write to a temporary name, flush to the disk, rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def _generator_states(device: torch.device) -> dict[str, Tensor]:
-    states = {"torch": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    version, internal, gauss = random.getstate()
-    states["python"] = torch.tensor(internal, dtype=torch.int64)
-    legacy = numpy.random.get_state(legacy=False)
-    inner = legacy["state"]
-    if gauss is not None or legacy["has_gauss"] or version != 3:
-        raise RuntimeError("a global generator holds half of a pair of normal numbers, which is not saved")
-    states["numpy"] = torch.tensor([*inner["key"].tolist(), inner["pos"]], dtype=torch.int64)
-    return states
-
-
-def _restore_generators(states: dict[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states["torch"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
-    random.setstate((3, tuple(states["python"].tolist()), None))
-    *keys, position = states["numpy"].tolist()
-    numpy.random.set_state(("MT19937", numpy.array(keys, dtype=numpy.uint32), position, 0, 0.0))
+def _rng_file(rank: int) -> str:
+    return f"rng-{rank:05d}.safetensors"

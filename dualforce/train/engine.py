@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dualforce.config import ConfigError, RunConfig, read_json
+from dualforce.config import ConfigError, RunConfig
+from dualforce.config_file import read_json
 from dualforce.model.embedding import Embedding, Heads
 from dualforce.model.layer import DualLayer
 from dualforce.model.placement import Place
@@ -75,6 +76,11 @@ def deepspeed_config(run: RunConfig, plan: BatchPlan, world: int) -> dict[str, A
     if config.get("data_types", {}).get("grad_accum_dtype") == "auto":
         # Gradients come in the model's dtype: a single one needs no more to be kept exactly.
         config["data_types"]["grad_accum_dtype"] = "bf16" if plan.accumulation == 1 and _bf16(config) else "fp32"
+    if stage == 1 and _bf16(config) and config.get("data_types", {}).get("grad_accum_dtype") == "fp32":
+        raise ConfigError(
+            f"{path}: zero_optimization.stage = 1 with bf16.enabled and data_types.grad_accum_dtype = fp32 (auto: with "
+            "several micro-batches): expected stage 2 or 3, or bf16 sums: DeepSpeed 0.19.8 cannot export what it writes"
+        )
     schedule = config.get("scheduler", {}).get("params", {})
     if schedule.get("total_num_steps") == "auto":
         schedule["total_num_steps"] = run.train.steps

@@ -38,7 +38,6 @@ class Piece(NamedTuple):
 class Share:
     """One tensor that an optimizer steps: fp32 weights [N], and the optimizer's state of them (moments [N], step)."""
 
-    group: int  # index of the parameter group
     pieces: list[Piece]
     weights: Tensor
     state: dict[str, Any]
@@ -164,7 +163,7 @@ def _whole(model: dict[str, Any], names: list[list[str]]) -> tuple[list[Share], 
             weights = (model["module"][name] if masters is None else masters[group][i]).detach().flatten()
             state = base["state"][base["param_groups"][group]["params"][i]]
             flat = {k: v.flatten() if isinstance(v, Tensor) and v.dim() > 0 else v for k, v in state.items()}
-            shares.append(Share(group, [Piece(name, 0, 0, weights.numel())], weights, flat))
+            shares.append(Share([Piece(name, 0, 0, weights.numel())], weights, flat))
     return shares, base["param_groups"]
 
 
@@ -178,7 +177,7 @@ def _zero12(ranks: list[dict[str, Any]]) -> tuple[list[Share], list[dict[str, An
                 pieces.append(Piece(name, done[name], address.start, address.numel))
                 done[name] += address.numel
             own = base["state"][base["param_groups"][group]["params"][0]]
-            shares.append(Share(group, pieces, weights.detach(), own))
+            shares.append(Share(pieces, weights.detach(), own))
     return shares, ranks[0]["base_optimizer_state"]["param_groups"]
 
 
@@ -190,14 +189,13 @@ def _zero3(
         if state["partition_count"] != len(ranks):
             raise ValueError(f"{state['partition_count']} parts to a parameter: expected one for each rank")
         base = state["optimizer_state_dict"]
-        owner = {i: group for group, of in enumerate(base["param_groups"]) for i in of["params"]}
         for i, weights in enumerate(state["fp32_flat_groups"]):
             numels = {name: shape.numel() for name, shape in shapes[i].items()}
             parts = {name: -(-numel // len(ranks)) for name, numel in numels.items()}
             if sum(parts.values()) != weights.numel():
                 raise ValueError(f"{weights.numel()} weights: expected {sum(parts.values())}, the parameters' parts")
             pieces = list(_zero3_pieces(numels, parts, rank))
-            shares.append(Share(owner[i], pieces, weights.detach(), base["state"][i]))
+            shares.append(Share(pieces, weights.detach(), base["state"][i]))
     return shares, ranks[0]["optimizer_state_dict"]["param_groups"]
 
 
@@ -239,11 +237,11 @@ def shares_of(engine: Any, stage: int) -> list[Share]:
             of = optimizer.fp16_groups[i]
             numels = {names[id(p)]: p.ds_numel for p in of}
             pieces = list(_zero3_pieces(numels, {names[id(p)]: p.partition_numel() for p in of}, rank))
-            shares.append(Share(optimizer.sub_group_to_group_id[i], pieces, weights.detach(), {}))
+            shares.append(Share(pieces, weights.detach(), {}))
         return shares
     if stage > 0:
         return [
-            Share(group, list(_zero12_pieces(optimizer.bit16_groups[group], names)), weights.detach(), {})
+            Share(list(_zero12_pieces(optimizer.bit16_groups[group], names)), weights.detach(), {})
             for group, weights in enumerate(optimizer.single_partition_of_fp32_groups)
         ]
     stepped = [group["params"] for group in engine.basic_optimizer.param_groups]  # in bf16, fp32 copies
@@ -251,7 +249,7 @@ def shares_of(engine: Any, stage: int) -> list[Share]:
     for group, parameters in enumerate(getattr(optimizer, "fp16_groups", stepped)):
         for parameter, weights in zip(parameters, stepped[group], strict=True):
             piece = Piece(names[id(parameter)], 0, 0, parameter.numel())
-            shares.append(Share(group, [piece], weights.detach().view(-1), {}))
+            shares.append(Share([piece], weights.detach().view(-1), {}))
     return shares
 
 

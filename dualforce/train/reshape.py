@@ -19,13 +19,13 @@ import importlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from dualforce.config import ConfigError
+from dualforce.train.agree import together
 from dualforce.train.partitions import Share, Stored, read_stored, same_bits, shares_of
 from megatron_ext.parallel.grid import ProcessGrid
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from dualforce.train.checkpoint import SavedState
 
 logger = logging.getLogger(__name__)
-Result = TypeVar("Result")
 
 # How an optimizer computes, not what: this run's, never the checkpoint's.
 OWN_SETTINGS = ("params", "fused", "foreach", "capturable", "differentiable")
@@ -58,22 +57,6 @@ def describe_change(saved: SavedState, expected: SavedState) -> str | None:
 
 def _batches(state: SavedState) -> str:
     return f"{state.engine['train_micro_batch_size_per_gpu']} x {state.engine['gradient_accumulation_steps']}"
-
-
-def together(grid: ProcessGrid, work: Callable[[], Result]) -> Result:
-    """What `work` returns, on every rank; where it raises ConfigError on one, the first such error on all of them."""
-    result, error = None, None
-    try:
-        result = work()
-    except ConfigError as wrong:
-        error = str(wrong)
-    errors: list[str | None] = [error] * grid.world
-    if grid.world > 1:
-        dist.all_gather_object(errors, error, group=grid.world_group)
-    first = next((one for one in errors if one is not None), None)
-    if first is not None:
-        raise ConfigError(first)
-    return result  # type: ignore[return-value]  # no error, so there is a result
 
 
 def load_reshaped(engine: Any, folder: Path, saved: SavedState, expected: SavedState, grid: ProcessGrid) -> None:

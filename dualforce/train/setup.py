@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
 from dualforce import launch
+from dualforce.codecs.protocols import VideoCodec
 from dualforce.config import ConfigError, ModelConfig, RunConfig
 from dualforce.config_errors import describe
 from dualforce.data.buckets import Buckets
@@ -22,9 +23,18 @@ from dualforce.model.bridge import bridge_layers
 from dualforce.model.path import ChunkRule
 from dualforce.model.placement import Place
 from dualforce.presets import build_model_config
+from dualforce.train.agree import together
 from dualforce.train.checkpoint import SavedState, read_state
 from dualforce.train.checkpoint import resume as resume_checkpoint
-from dualforce.train.engine import build_engine, compute_dtype, deepspeed_config, optimizer_name, plan_batch
+from dualforce.train.deepspeed_file import check_deepspeed_file
+from dualforce.train.engine import (
+    BatchPlan,
+    build_engine,
+    compute_dtype,
+    deepspeed_config,
+    optimizer_name,
+    plan_batch,
+)
 from dualforce.train.gather_unit import layouts_of
 from dualforce.train.loop import Job
 from dualforce.train.metrics import RunLog
@@ -96,6 +106,26 @@ def with_graphs(run: RunConfig, kernels: KernelSet) -> bool:
     return chosen
 
 
+class _Choices(NamedTuple):
+    """What follows from the run, the device and the ranks before any rank waits for another."""
+
+    plan: BatchPlan
+    config: dict[str, Any]  # DeepSpeed's
+    kernels: KernelSet
+    graphs: bool
+    sample_codec: Callable[[], VideoCodec] | None
+
+
+def _choose(run: RunConfig, model: ModelConfig, buckets: Buckets, grid: ProcessGrid) -> _Choices:
+    """ValueError for what cannot be, with one line; on this rank, whose machine may lack what others have."""
+    plan = plan_batch(run.data.clips_per_step, grid.dp, run.data.max_micro_batch)
+    config = deepspeed_config(run, plan, grid.world)
+    check_deepspeed_file(Path(run.deepspeed), config)
+    kernels = select_kernels(run.kernels, grid.device, compute_dtype(config), model.head_dims)
+    show = sample_codec(buckets.extractors["video"]["tag"], run.data.video_codec, grid.device)
+    return _Choices(plan, config, kernels, with_graphs(run, kernels), show)
+
+
 def prepare_job(
     run: RunConfig,
     model: ModelConfig,
@@ -104,18 +134,18 @@ def prepare_job(
     grid: ProcessGrid,
     out: Path,
     resume: bool,
+    content: Mapping[str, Any],
 ) -> tuple[Job, int]:
-    """Build the engine, restore it when resuming, and open the data where it goes on; returns (job, steps done)."""
-    plan = plan_batch(run.data.clips_per_step, grid.dp, run.data.max_micro_batch)
-    config = deepspeed_config(run, plan, grid.world)
-    kernels = select_kernels(run.kernels, grid.device, compute_dtype(config), model.head_dims)
+    """Build the engine, restore it when resuming, and open the data where it goes on; returns (job, steps done).
+    `content` is that of OUT/config.json, which checkpoints keep."""
+    chosen = together(grid, partial(_choose, run, model, buckets, grid))
+    plan, config, kernels = chosen.plan, chosen.config, chosen.kernels
     flame = buckets.extractors.get("flame")
 
     def build(place: Place) -> TrainModule:
         return TrainModule(model, run.loss, kernels, flame and flame["width"], place)
 
-    show = sample_codec(buckets.extractors["video"]["tag"], run.data.video_codec, grid.device)
-    engine = build_engine(build, config, grid, run.parallel.recompute, with_graphs(run, kernels))
+    engine = build_engine(build, config, grid, run.parallel.recompute, chosen.graphs)
     stage = config.get("zero_optimization", {}).get("stage", 0)
     blank = SavedState(
         step=0,
@@ -127,6 +157,7 @@ def prepare_job(
         units=layouts_of(engine.module),
         optimizer=optimizer_name(engine),
         shards=buckets.hash,
+        config={key: value for key, value in content.items() if key != "run"},
     )
     start = resume_checkpoint(engine, out, blank, grid) if resume else 0
     damaged = damaged_before(out, run, buckets) if resume else ()
@@ -142,7 +173,8 @@ def prepare_job(
         micro_batch=plan.micro_batch,
     )
     stop = min(run.train.steps, run.train.stop_at or run.train.steps)
-    loader = StepLoader(buckets.sets, deal, start, stop, partial(prepare_step, context=context), damaged)
+    finish = partial(prepare_step, context=context)
+    loader = together(grid, lambda: StepLoader(buckets.sets, deal, start, stop, finish, damaged))
     out.mkdir(parents=True, exist_ok=True)
     job = Job(
         engine=engine,
@@ -151,7 +183,7 @@ def prepare_job(
         held_out=_held_out(buckets, statistics, model),
         log=RunLog(out, grid.rank == 0, start if resume else None),
         run_dir=out,
-        sample_codec=show,
+        sample_codec=chosen.sample_codec,
         state=replace(blank, damaged=damaged),
         tokens=buckets.tokens(model.video.patch),
     )

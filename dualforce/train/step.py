@@ -5,7 +5,8 @@ Legend: B batch, F frames of the clip, _loc this rank's frames.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -118,7 +119,8 @@ def train_step(
         engine.backward(output.terms.total.clone(), scale_wrt_gas=False)
         record(inputs, output)
         norm = _plain_norm(engine)
-        engine.step()
+        with _left_out_unless_finite(engine.optimizer, norm):
+            engine.step()
     return norm if norm is not None else engine.get_global_grad_norm()
 
 
@@ -128,6 +130,23 @@ def _plain_norm(engine: Any) -> Tensor | None:
         return None
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
     return torch.nn.utils.get_total_norm(gradients)
+
+
+@contextmanager
+def _left_out_unless_finite(optimizer: Any, norm: Tensor | None) -> Iterator[None]:
+    """For the optimizer whose norm is taken here (`norm`) what DeepSpeed's others do themselves: where a gradient is
+    not finite, the weights of all ranks stay as they are. Waits for the device, as the others do."""
+    if norm is None:
+        yield
+        return
+    step = optimizer.step
+    optimizer.overflow = not bool(norm.isfinite())  # then DeepSpeed counts a skipped step, and leaves the rate
+    if optimizer.overflow:
+        optimizer.step = lambda *args, **more: None
+    try:
+        yield
+    finally:
+        optimizer.step = step
 
 
 def _page_locked(x: Tensor) -> Tensor:

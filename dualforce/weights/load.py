@@ -11,7 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dualforce.config import ModelConfig, read_json, validate
+from dualforce.config import ModelConfig, validate
+from dualforce.config_file import read_json
 from dualforce.model.dual_tower import DualTower
 from dualforce.weights.export import CONFIG_FILE, FORMAT, FORMAT_VERSION, INDEX_FILE, SINGLE_FILE
 from dualforce.weights.keys import Rule, Shape, WeightsError, check_names, key_table

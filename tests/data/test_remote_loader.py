@@ -17,7 +17,8 @@ from helpers.remote_sets import open_remote, same
 from data_shards.reader import ShardSet
 from data_shards.remote.fetch import FetchOptions, RemoteError
 from data_shards.schema import ShardError
-from dualforce.config import ConfigError, DataConfig, RunConfig, load_run
+from dualforce.config import ConfigError, DataConfig, RunConfig
+from dualforce.config_file import load_run
 from dualforce.data.loader import StepLoader
 from dualforce.data.statistics import StreamStatistics
 from dualforce.data.steps import Deal
@@ -159,7 +160,7 @@ def test_a_run_goes_on_with_what_may_be_written(root: Path, tmp_path: Path, monk
         given.append(run)
         return None, 0
 
-    monkeypatch.setattr("dualforce.launch.start", lambda *sizes: SimpleNamespace(rank=0))
+    monkeypatch.setattr("dualforce.launch.start", lambda *sizes: SimpleNamespace(rank=0, world=1))
     monkeypatch.setattr("dualforce.train.setup.prepare_job", prepare)
     with serving(root) as server:
         values = [f"data.shards=http://me:hunter2@{server.host}/set?sig=s3cret", f"data.cache={tmp_path / 'cache'}"]

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.checkpoint_folder import write_checkpoint
 from helpers.model_folder import MOTION_NAMES, SIZE, run_config, write_model_folder
 from helpers.random_model import random_model
 from helpers.tiny_umt5 import write_umt5
@@ -25,6 +26,7 @@ from dualforce.codecs.audio_logmel import WIDTH as AUDIO_WIDTH
 from dualforce.codecs.media import probe, read_image, read_video, write_video
 from dualforce.codecs.text_umt5 import Umt5Text, padded
 from dualforce.codecs.video_wan import WanVideoCodec
+from dualforce.train.checkpoint import SavedState
 from dualforce.types import SAMPLE_RATE
 from dualforce.weights.load import load_model
 
@@ -356,8 +358,10 @@ def test_export_of_a_run(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPat
         return state
 
     monkeypatch.setattr("dualforce.train.checkpoint.read_fp32_state", read)
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.json").write_text(json.dumps(run_config(model)))
+    written = run_config(model)
+    beside = {key: value for key, value in written.items() if key != "run"}
+    write_checkpoint(tmp_path / "run", SavedState(7, 1, 1, 0, written["run"], {}, {}, "x", "y", beside))
+    (tmp_path / "run" / "config.json").write_text("of a later step, with other shards")
     code, err = run("export", tmp_path / "run", "--out", tmp_path / "model", "--step", 7)
     assert code == 0, err
     assert asked == [(tmp_path / "run", 7)]
@@ -370,8 +374,5 @@ def test_export_of_a_run(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPat
 
 def test_export_without_a_checkpoint(tmp_path: Path, run: Run) -> None:
     code, err = run("export", tmp_path, "--out", tmp_path / "model")
-    assert code == 2 and err.splitlines()[-1].startswith(f"error: {tmp_path / 'config.json'}: no such file")
-    (tmp_path / "config.json").write_text(json.dumps(run_config(random_model())))
-    code, err = run("export", tmp_path, "--out", tmp_path / "model")
-    assert code == 2 and "expected a run with a checkpoint" in err.splitlines()[-1]
+    assert code == 2 and "LATEST: no such file; expected a run with a checkpoint" in err.splitlines()[-1]
     assert not (tmp_path / "model").exists()

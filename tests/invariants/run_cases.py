@@ -26,10 +26,10 @@ def narrow() -> None:
 def export_case() -> None:
     """Train two steps as the command line says, then save what the engine's own model predicts on a fixed input."""
     from dualforce import launch
-    from dualforce.config import load_run
+    from dualforce.config_file import load_run
     from dualforce.data.statistics import StreamStatistics
     from dualforce.diffusion.frame_noise import draw_fixed
-    from dualforce.train.__main__ import open_shards, write_config
+    from dualforce.train.__main__ import config_content, open_shards, write_config
     from dualforce.train.loop import train
     from dualforce.train.setup import prepare_job
     from dualforce.train.validate import forward
@@ -40,9 +40,10 @@ def export_case() -> None:
     model = model_config(run, [opened.manifest for opened in buckets.sets])
     grid = launch.start(run.parallel.sequence, run.train.seed)
     statistics = StreamStatistics.from_manifest(buckets.statistics())
-    job, start = prepare_job(run, model, buckets, statistics, grid, Path(out), False)
+    content = config_content(run, model, buckets, buckets.statistics())
+    job, start = prepare_job(run, model, buckets, statistics, grid, Path(out), False, content)
     if grid.rank == 0:
-        write_config(Path(out), run, model, buckets, buckets.statistics())
+        write_config(Path(out), content)
     train(job, start)
     batch = job.held_out[0].clip(0, 3)
     levels = [0.2, 0.5, 0.9]

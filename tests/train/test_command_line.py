@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from helpers.checkpoint_folder import write_checkpoint
 from helpers.fake_shards import write_fake_shards
 
 from data_shards.reader import ShardSet
 from dualforce.config import ConfigError, LossConfig
 from dualforce.data.buckets import Buckets
 from dualforce.train.__main__ import _check_out, _with_flame, statistics_of_run
+from dualforce.train.checkpoint import SavedState
 
 
 def test_a_file_is_no_run_folder(tmp_path: Path) -> None:
@@ -24,16 +25,22 @@ def test_a_file_is_no_run_folder(tmp_path: Path) -> None:
         _check_out(tmp_path / "out", resume=False)
 
 
+def test_a_run_killed_in_its_first_checkpoint_begins_again(tmp_path: Path) -> None:
+    """There is nothing to resume from, so that it has to be possible to start."""
+    (tmp_path / "checkpoints" / "step-000005").mkdir(parents=True)
+    _check_out(tmp_path, resume=False)
+    with pytest.raises(ConfigError, match=r"--resume, but there is no .*LATEST: expected a complete checkpoint"):
+        _check_out(tmp_path, resume=True)
+    (tmp_path / "checkpoints" / "LATEST").write_text("step-000005\n")
+    _check_out(tmp_path, resume=True)
+    with pytest.raises(ConfigError, match="holds checkpoints; add --resume"):
+        _check_out(tmp_path, resume=False)
+
+
 def write_run(out: Path, begun_on: ShardSet, **state: Any) -> None:
     """A run folder with a checkpoint, as far as the choice of shards goes."""
     kept = {key: begun_on.manifest[key] for key in ("extractors", "statistics")}
-    (out / "config.json").write_text(json.dumps(kept))
-    folder = out / "checkpoints" / "step-000005"
-    folder.mkdir(parents=True)
-    (out / "checkpoints" / "LATEST").write_text("step-000005\n")
-    values = {"step": 5, "world": 1, "sequence": 1, "zero_stage": 0, "run": {}, "engine": {}, "units": {},
-              "optimizer": "x", **state}  # fmt: skip
-    (folder / "state.json").write_text(json.dumps(values))
+    write_checkpoint(out, SavedState(5, 1, 1, 0, {}, {}, {}, "x", config=kept, **state))
 
 
 def test_a_run_goes_on_with_its_own_shards_unless_told_otherwise(tmp_path: Path) -> None:
@@ -72,7 +79,7 @@ def test_a_run_that_took_flame_as_stored_goes_on_once_its_loss_has_ended(tmp_pat
         return _with_flame(earlier, SimpleNamespace(loss=LossConfig(**loss)), tmp_path, Buckets([shards], [2]))  # type: ignore[arg-type]
 
     assert resumed(flame=0.0) == resumed(flame=0.1, flame_steps=5) == now
-    with pytest.raises(ConfigError, match=r"config.json: statistics.flame: absent: .* step 5: begin a new") as error:
+    with pytest.raises(ConfigError, match=r"checkpoint of step 5: statistics.flame: absent: .*begin a new") as error:
         resumed(flame=0.1, flame_steps=6)
     assert "\n" not in str(error.value)
     kept = {**earlier, "flame": {"mean": [1.0], "std": [2.0]}}

@@ -65,6 +65,26 @@ def test_gradients_are_kept_in_as_many_bits_as_their_sum_needs(
     assert asked["data_types"]["grad_accum_dtype"] == "fp32"
 
 
+@pytest.mark.parametrize(
+    ("dtype", "accumulation", "refused"), [("fp32", 1, True), ("auto", 2, True), ("auto", 1, False)]
+)
+def test_sums_that_deepspeed_cannot_export_are_refused(
+    tmp_path: Path, dtype: str, accumulation: int, refused: bool
+) -> None:
+    """Stage 1 alone; it is refused before the run, not after weeks."""
+    for stage in (0, 1, 2, 3):
+        config = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": dtype}, "optimizer": {},
+                  "zero_optimization": {"stage": stage}}  # fmt: skip
+        run = run_with(tmp_path / "ds.json", config)
+        if stage == 1 and refused:
+            with pytest.raises(
+                ConfigError, match=r"ds\.json: zero_optimization\.stage = 1 with bf16.* expected stage 2"
+            ):
+                deepspeed_config(run, BatchPlan(1, accumulation), 1)
+        else:
+            deepspeed_config(run, BatchPlan(1, accumulation), 1)
+
+
 def test_sizes_follow_from_the_largest_unit_unless_the_file_has_them() -> None:
     section = {"stage": 3, "reduce_bucket_size": 7}
     assert fill_sizes({"a": 1, "zero_optimization": section}, [10, 40, 30]) == {

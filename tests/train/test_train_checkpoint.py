@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from helpers.checkpoint_folder import seal, write_checkpoint
 
 from dualforce.config import ConfigError
 from dualforce.train import checkpoint
 from dualforce.train.checkpoint import SavedState, read_state
 from dualforce.train.gather_unit import Slot
+from dualforce.train.generators import generator_states, restore_generators
 
 STATE = SavedState(
     step=5,
@@ -26,15 +28,8 @@ STATE = SavedState(
     units={"model.head": {"matrices": [Slot("weight", (2, 3), 0)], "vectors": [Slot("bias", (2,), 0)]}},
     optimizer="torch.optim.adamw.AdamW",
     shards="0" * 64,
+    config={"statistics": {"video": {"mean": [0.5]}}},
 )
-
-
-def write_checkpoint(run: Path, state: SavedState) -> Path:
-    folder = run / "checkpoints" / f"step-{state.step:06d}"
-    folder.mkdir(parents=True)
-    (folder / "state.json").write_text(json.dumps(asdict(state)))
-    (run / "checkpoints" / "LATEST").write_text(folder.name + "\n")
-    return folder
 
 
 def test_state_is_read_back(tmp_path: Path) -> None:
@@ -59,15 +54,62 @@ def test_missing_checkpoints_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="LATEST: no such file"):
         read_state(tmp_path)
     folder = write_checkpoint(tmp_path, STATE)
-    with pytest.raises(ConfigError, match=r"step-000004.*no such file"):
+    with pytest.raises(
+        ConfigError, match=r"step-000004.manifest\.json: no such file; expected a complete checkpoint of this version"
+    ):
         read_state(tmp_path, 4)
     (folder / "state.json").write_text('{"step": 5}')
+    seal(folder)
     with pytest.raises(ConfigError, match=r"state\.json"):
         read_state(tmp_path)
-    older = {key: value for key, value in asdict(STATE).items() if key != "shards"}
+
+
+@pytest.mark.parametrize("key", ["units", "shards", "config"])
+def test_the_state_of_an_earlier_version_is_refused_by_what_it_lacks(tmp_path: Path, key: str) -> None:
+    folder = write_checkpoint(tmp_path, STATE)
+    older = {name: value for name, value in asdict(STATE).items() if name != key}
     (folder / "state.json").write_text(json.dumps(older))
-    with pytest.raises(ConfigError, match=r"state\.json: key shards is missing: expected a checkpoint of this version"):
+    seal(folder)
+    with pytest.raises(ConfigError, match=rf"state\.json: key {key} is missing: expected a checkpoint of this version"):
         read_state(tmp_path)
+
+
+def test_a_state_that_is_not_as_written_is_refused(tmp_path: Path) -> None:
+    """Well formed, with another seed."""
+    path = write_checkpoint(tmp_path, STATE) / "state.json"
+    path.write_text(path.read_text().replace('"seed": 1', '"seed": 2'))
+    with pytest.raises(ConfigError, match=r"state\.json: xxh3 .* as written \(damaged data\)"):
+        read_state(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\n", b"step-5\n", b"step-000005\n\n", b"step-000005 step-000006\n", b"\xff"]
+)
+def test_a_pointer_that_names_no_checkpoint_is_refused(tmp_path: Path, content: bytes) -> None:
+    write_checkpoint(tmp_path, STATE)
+    pointer = tmp_path / "checkpoints" / "LATEST"
+    pointer.write_bytes(content)
+    with pytest.raises(
+        ConfigError, match=r"LATEST: .*: expected the name of a checkpoint, such as step-000500"
+    ) as error:
+        read_state(tmp_path)
+    assert "\n" not in str(error.value)
+    pointer.write_bytes(b"step-000005")  # as an editor leaves it
+    assert read_state(tmp_path) == STATE
+
+
+def test_a_checkpoint_under_another_name_is_refused(tmp_path: Path) -> None:
+    """The step is the data position: a folder that was renamed or copied would repeat clips or leave some out."""
+    folder = write_checkpoint(tmp_path, STATE)
+    folder.rename(folder.with_name("step-000007"))
+    with pytest.raises(ConfigError, match=r"step-000007/state\.json: step = 5: expected 7, as its folder is named"):
+        read_state(tmp_path, 7)
+    (folder.with_name("step-000007") / "state.json").unlink()
+    seal(folder.with_name("step-000007"))
+    with pytest.raises(
+        ConfigError, match=r"step-000007: no state\.json in its manifest: expected a checkpoint of this"
+    ):
+        read_state(tmp_path, 7)
 
 
 @pytest.mark.parametrize("key", ["log_every", "save_every", "stop_at"])
@@ -137,8 +179,8 @@ def test_generators_continue_where_they_were() -> None:
 
     device = torch.device("cpu")
     draws()
-    states = {name: tensor.clone() for name, tensor in checkpoint._generator_states(device).items()}
+    states = {name: tensor.clone() for name, tensor in generator_states(device).items()}
     expected = draws()
     assert draws() != expected
-    checkpoint._restore_generators(states, device)
+    restore_generators(states, device)
     assert draws() == expected
