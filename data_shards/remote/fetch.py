@@ -2,9 +2,10 @@
 
 A request may fail in passing (5xx, 429, a timeout, a stall, a short body) or for good (403, 404). After a passing
 fault comes the next request, after a wait that grows and is partly random, so that many processes do not return all
-at once; what has arrived is kept, and only the rest is asked for. Bytes of two states of a file are never joined:
-where the server's mark of the content (ETag or date) differs, or where there is none, reading begins again. Neither a
-mark nor a length is proof of anything: `check` and the checksums of the index are.
+at once; only after the first answer that broke off it comes without one. What has arrived is kept, and the rest is
+asked for. Bytes of two states of a file are never joined: where the server's mark of the content (ETag or date)
+differs, or where there is none, reading begins again. Neither a mark nor a length is proof of anything: `check` and the
+checksums of the index are.
 
 Everything is bounded. A request for n bytes takes at most `2 stall + n / least_rate` seconds, all requests for them at
 most `patience`, and no more memory than n bytes whatever the server sends.
@@ -22,6 +23,7 @@ from typing import NamedTuple, Protocol
 from data_shards.schema import ShardError
 
 GROWTH = 3.0
+AWAY = 8  # failures one after the other that are no accident: the server is away, whatever they are
 PROGRESS = 2**18  # bytes; a request that brings as many is not a failure, however it ends
 
 
@@ -44,6 +46,11 @@ class PassingFault(Exception):
 
 class Stalled(PassingFault):
     """One request to which nothing more came in time."""
+
+
+class Broken(PassingFault):
+    """One request whose answer broke off, or was not what was asked for. That says nothing of how busy the server is,
+    so that the first request after it need not wait."""
 
 
 class LastingFault(Exception):
@@ -82,20 +89,23 @@ class FetchOptions:
     """When to give up. With these values a server may be away for some minutes; a run goes on when it is back."""
 
     attempts: int = 16  # requests one after the other that bring less than PROGRESS bytes
-    # Seconds, GROWTH times as long each time: most faults are of one request alone, and a server that is away is soon
-    # left in peace.
+    # Seconds, GROWTH times as long for each one that counts (`Failures`): most faults are of one request alone, and a
+    # server that is away is soon left in peace.
     first_wait: float = 0.02
     longest_wait: float = 30.0
     stall: float = 10.0  # seconds without a byte, and until the connection is there
     least_stall: float = 0.25  # the same of a server that has usually been fast (over http)
+    second: float = 0.1  # of the requests may be sent again beside one that is late (over http; 0: none)
     least_rate: float = 65536.0  # bytes a second that a request must bring at least, beside `stall`
     patience: float = 600.0  # seconds for all requests
     content_attempts: int = 4  # times that bytes are fetched which are not those of the index
     recheck: float = 300.0  # seconds after which the manifest is looked at again
 
     def pause(self, failures: int) -> float:
-        """Seconds before the next request after so many failures one after the other, half of it random."""
-        pause = self.first_wait * GROWTH ** min(max(failures - 1, 0), 50)
+        """Seconds before the next request after so many failures that count, half of it random; 0 for none."""
+        if failures <= 0:
+            return 0.0
+        pause = self.first_wait * GROWTH ** min(failures - 1, 50)
         return min(pause, self.longest_wait) * random.uniform(0.5, 1.0)
 
 
@@ -125,6 +135,27 @@ class _Got:
         self.mark, self.data = "", bytearray()
 
 
+class Failures:
+    """Those one after the other of one read, and how many of them count for the pause before the next request.
+
+    Those that broke off and the others are counted apart, so that accidents of both sorts do not add up, and the first
+    that broke off is for nothing. From `AWAY` failures on all count.
+    """
+
+    def __init__(self) -> None:
+        self.all = self._broken = self._others = 0
+
+    def add(self, broken: bool, progress: bool = False) -> int:
+        """Take one over, which brought much all the same with `progress`; how many count, for `FetchOptions.pause`."""
+        if progress:
+            self.all = self._broken = self._others = 0
+        else:
+            self.all, self._broken, self._others = self.all + 1, self._broken + broken, self._others + (not broken)
+        if self.all >= AWAY:
+            return self.all
+        return self._broken - 1 if broken else max(self._others, 1)
+
+
 Check = Callable[[bytes], object]
 
 
@@ -140,11 +171,11 @@ class Fetcher:
 
         Raises RemoteError that names URL, `wanted.what` and the last fault; or the last ShardError of `check`.
         """
-        got, failures, stalls, wrongs, began = _Got(), 0, 0, 0, time.monotonic()
+        got, failures, stalls, wrongs, began = _Got(), Failures(), 0, 0, time.monotonic()
         until = began + self.options.patience
         while True:
             wrong: ShardError | None = None
-            before = len(got.data)
+            before, broken = len(got.data), True
             try:
                 self._request(wanted, got, until, stalls)
                 if check is not None:
@@ -159,13 +190,13 @@ class Fetcher:
                     raise
             except PassingFault as fault:
                 reason, after, stalls = str(fault), fault.after, stalls + isinstance(fault, Stalled)
+                broken = isinstance(fault, Broken)
                 self.transport.forget(wanted.name)
                 if not got.mark:
                     got.clear()
-            failures = 0 if len(got.data) - before >= PROGRESS else failures + 1
-            pause = self._pause(failures, after)
-            if failures >= self.options.attempts or time.monotonic() + pause >= until:
-                spent = f"given up after {time.monotonic() - began:.0f} s, {failures} failures one after the other"
+            pause = self._pause(failures.add(broken, len(got.data) - before >= PROGRESS), after)
+            if failures.all >= self.options.attempts or time.monotonic() + pause >= until:
+                spent = f"given up after {time.monotonic() - began:.0f} s, {failures.all} failures one after the other"
                 raise wrong or self._failed(wanted, f"{reason} ({spent})")
             time.sleep(pause)
 
@@ -186,11 +217,11 @@ class Fetcher:
         with self.transport.get(wanted.name, start, wanted.stop, max(seconds, 0.001), stalls=stalls) as answer:
             if wanted.stop is not None and answer.total is not None and answer.total != wanted.size:
                 got.clear()
-                raise PassingFault(f"a file of {answer.total} bytes: expected {wanted.size}, the manifest's")
+                raise Broken(f"a file of {answer.total} bytes: expected {wanted.size}, the manifest's")
             if answer.start != start or (got.data and answer.mark != got.mark):
                 got.clear()
                 if answer.start != wanted.start:
-                    raise PassingFault("content that changed while it was read: expected one state of it")
+                    raise Broken("content that changed while it was read: expected one state of it")
             got.mark = answer.mark
             self._take(wanted, got, answer)
 
@@ -204,12 +235,12 @@ class Fetcher:
             got.data += chunk
             if len(got.data) > most:
                 got.clear()
-                raise PassingFault(f"more bytes than asked for: expected {most}")
+                raise Broken(f"more bytes than asked for: expected {most}")
         if len(got.data) < enough:
-            raise PassingFault(f"{len(got.data)} bytes: expected {enough} (short body)")
+            raise Broken(f"{len(got.data)} bytes: expected {enough} (short body)")
 
-    def _pause(self, failures: int, after: float | None) -> float:
-        pause = self.options.pause(failures)
+    def _pause(self, count: int, after: float | None) -> float:
+        pause = self.options.pause(count)
         return pause if after is None else max(pause, min(after, self.options.longest_wait))
 
     def _failed(self, wanted: Wanted, reason: str) -> RemoteError:

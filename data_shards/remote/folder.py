@@ -166,7 +166,7 @@ class _Clip(RemoteFolder):
         options, wrong, self._ask = self.source.options, None, True
         for attempt in range(options.content_attempts):
             if attempt:
-                time.sleep(options.pause(attempt))
+                time.sleep(options.pause(attempt - 1))  # wrong bytes say nothing of how busy the server is
             self._parts.clear()
             try:
                 result = decode(self)

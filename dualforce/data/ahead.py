@@ -1,4 +1,4 @@
-"""Clips of a step read in several threads: a server's delays and faults then cost the time of one, not of each."""
+"""Clips read in several threads: a server's delays and faults then cost the time of one, not of each."""
 
 from __future__ import annotations
 
@@ -24,19 +24,25 @@ class ReadAhead(Generic[KeyT, ItemT]):
     """
 
     def __init__(self, read: Callable[[KeyT], ItemT], threads: int) -> None:
-        self._read, self._threads, self._started = read, threads if threads > 1 else 0, False
+        self.threads = threads if threads > 1 else 0  # that read before items are taken
+        self._read, self._started = read, False
         self._jobs: queue.SimpleQueue[_Job[ItemT, KeyT]] = queue.SimpleQueue()
         self._further: deque[KeyT] = deque()
         self._begun: deque[tuple[KeyT, Future[ItemT]]] = deque()
 
     def expect(self, keys: Sequence[KeyT]) -> None:
-        """These will be taken, in this order, and nothing that was expected before."""
+        """These will be taken, in this order, and nothing else that was expected before; what has begun of them, in
+        this order, goes on."""
         self._start()
-        for _, future in self._begun:
-            future.cancel()
-        self._begun.clear()
-        self._further = deque(keys if self._threads else ())
-        for _ in range(AHEAD * self._threads):
+        self._further = deque(keys if self.threads else ())
+        before, self._begun = self._begun, deque()
+        for key, future in before:
+            if self._further and self._further[0] == key:
+                self._further.popleft()
+                self._begun.append((key, future))
+            else:
+                future.cancel()
+        while self._further and len(self._begun) < AHEAD * self.threads:
             self._begin()
 
     def take(self, key: KeyT) -> ItemT:
@@ -55,10 +61,10 @@ class ReadAhead(Generic[KeyT, ItemT]):
         if self._started:
             return
         self._started = True
-        for number in range(self._threads):
+        for number in range(self.threads):
             name = f"dualforce-clip-{number}"
             threading.Thread(target=_work, args=(self._read, self._jobs), name=name, daemon=True).start()
-        weakref.finalize(self, _end, self._jobs, self._threads).atexit = False
+        weakref.finalize(self, _end, self._jobs, self.threads).atexit = False
 
     def _begin(self) -> None:
         if self._further:

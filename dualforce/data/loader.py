@@ -65,7 +65,8 @@ class StepLoader(Generic[ItemT]):
         pool = WorkerPool(self._splits, self._deal, self._steps, data.workers) if data.workers else None
 
         def make(step: int) -> ItemT | None:
-            found = self._here.read(step) if pool is None else pool.take()
+            then = range(step + 1, self._steps.stop)
+            found = self._here.read(step, then) if pool is None else pool.take()
             return None if found is None else self._finish(self._accepted(found))
 
         ahead = _ReadAhead(make, self._steps, data.prefetch, pool)

@@ -20,6 +20,8 @@ from dualforce.data.order import ClipRef
 from dualforce.data.statistics import StreamStatistics
 from dualforce.types import AUDIO_FRAMES, ClipBatch
 
+NOTHING = range(0)
+
 
 class Damaged(NamedTuple):
     """A clip that could not be read: the step (from 0) that met it, its key, the reason with shard and member, and the
@@ -104,16 +106,26 @@ class StepReader:
         """Which bucket a step is of."""
         return self._order.bucket_of_step(step)
 
-    def read(self, step: int) -> StepRead:
-        """Read and collate the micro-batches of one step. A ShardError becomes the `fault`."""
+    def read(self, step: int, then: range = NOTHING) -> StepRead:
+        """Read and collate the micro-batches of one step. A ShardError becomes the `fault`.
+
+        `then` are the steps that will be asked for next, in their order. Where clips are read several at a time, those
+        of the next step are begun too (or as many as there are threads): a clip that takes long holds none of them up.
+        """
         deal, met = self._deal, dict[tuple[int, int], Damaged]()
-        own = self._order.clips_of_rank(step, deal.data.clips_per_step, deal.dp_rank, deal.dp_size)
+        own = self._refs(step)
         parts = [own[i : i + deal.micro_batch] for i in range(0, len(own), deal.micro_batch)]
-        self._ahead.expect([clip for ref in own if (clip := (ref.bucket, ref.index)) not in self._unreadable])
+        further = itertools.chain.from_iterable(self._refs(after) for after in then if self._ahead.threads)
+        refs = itertools.chain(own, itertools.islice(further, max(len(own), self._ahead.threads)))
+        self._ahead.expect([clip for ref in refs if (clip := (ref.bucket, ref.index)) not in self._unreadable])
         try:
             return StepRead([self._batch(step, refs, met) for refs in parts], list(met.values()), None)
         except ShardError as error:
             return StepRead([], list(met.values()), error)
+
+    def _refs(self, step: int) -> list[ClipRef]:
+        deal = self._deal
+        return self._order.clips_of_rank(step, deal.data.clips_per_step, deal.dp_rank, deal.dp_size)
 
     def _batch(self, step: int, refs: list[ClipRef], met: dict[tuple[int, int], Damaged]) -> ClipBatch:
         samples = [self._read(step, ref, met) for ref in refs]

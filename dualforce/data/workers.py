@@ -58,7 +58,7 @@ class WorkerPool:
         context = multiprocessing.get_context("forkserver") if served else multiprocessing.get_context("spawn")
         if served:
             context.set_forkserver_preload(["torch"])
-        self._steps, self._count = iter(steps), count
+        self._steps, self._count, self._end = iter(steps), count, steps.stop
         self._stop, self._stopped = context.Pipe(duplex=False)[::-1]
         self._pipes: list[Connection] = []
         self._processes = []
@@ -107,7 +107,7 @@ class WorkerPool:
 
     def _ask(self, step: int) -> None:
         with suppress(OSError):  # it has ended, which is said when its next step is taken
-            self._pipes[worker_of(step, self._count)].send(step)
+            self._pipes[worker_of(step, self._count)].send((step, range(step + self._count, self._end, self._count)))
 
     def _what_happened(self, number: int, error: Exception) -> str:
         process = self._processes[number]
@@ -134,13 +134,15 @@ def _serve(pipe: Connection, splits: Sequence[Split], deal: Deal) -> None:
         read = StepReader([one.open() for one in splits], [one.hash for one in splits], deal).read
     except ShardError as error:
         read = partial(_failed, error)
-    while (step := _asked(pipe)) is not None:
-        _give(pipe, read(step))
+    while (asked := _asked(pipe)) is not None:
+        _give(pipe, read(*asked))
 
 
-def _asked(pipe: Connection) -> int | None:
+def _asked(pipe: Connection) -> tuple[int, range] | None:
+    """A step, and those that this process will be asked for after it."""
     try:
-        return int(pipe.recv())
+        step, then = pipe.recv()
+        return step, then
     except (EOFError, ConnectionError):
         return None
 
@@ -150,5 +152,5 @@ def _give(pipe: Connection, found: StepRead) -> None:
         pipe.send((hand_over(found.batches), found.damaged, found.fault))
 
 
-def _failed(fault: ShardError, step: int) -> StepRead:
+def _failed(fault: ShardError, step: int, then: range) -> StepRead:
     return StepRead([], [], fault)

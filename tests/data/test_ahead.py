@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -32,6 +35,23 @@ class Slow:
         if key < 0:
             raise ValueError(f"no {key}")
         return f"item {key}"
+
+
+class Held(Slow):
+    """Keys 1 and 2 are held up until `go`; `wait` returns when both have begun."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go, self._begun = threading.Event(), threading.Semaphore(0)
+
+    def __call__(self, key: int) -> str:
+        self._begun.release()
+        if key in (1, 2):
+            self.go.wait(20)
+        return super().__call__(key)
+
+    def wait(self) -> None:
+        assert self._begun.acquire(timeout=20) and self._begun.acquire(timeout=20)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 8])
@@ -80,6 +100,91 @@ def test_what_is_no_longer_expected_is_dropped() -> None:
     assert not {4, 5} & set(read.keys)
 
 
+def test_what_has_begun_goes_on_when_more_is_expected() -> None:
+    read = Slow()
+    ahead = ReadAhead(read, 2)
+    ahead.expect([1, 2, 3, 3, 4, 5])
+    assert [ahead.take(key) for key in (1, 2)] == ["item 1", "item 2"]
+    ahead.expect([3, 3, 4, 5, 6, 7])
+    assert [ahead.take(key) for key in (3, 3, 4, 5, 6, 7)] == [f"item {key}" for key in (3, 3, 4, 5, 6, 7)]
+    assert sorted(read.keys) == [1, 2, 3, 3, 4, 5, 6, 7], "none twice"
+
+
+def test_what_has_begun_goes_on_when_one_of_it_is_dropped() -> None:
+    read = Held()
+    ahead = ReadAhead(read, 2)
+    ahead.expect([1, 2, 3, 4, 5])
+    read.wait()
+    ahead.expect([1, 2, 4, 5, 6])
+    read.go.set()
+    assert [ahead.take(key) for key in (1, 2, 4, 5, 6)] == [f"item {key}" for key in (1, 2, 4, 5, 6)]
+    assert sorted(read.keys) == [1, 2, 4, 5, 6], "3 had not begun"
+
+
+def test_no_more_is_begun_when_more_is_expected() -> None:
+    held = threading.Event()
+    read: list[int] = []
+
+    def hold(key: int) -> int:
+        held.wait(20)
+        read.append(key)
+        return key
+
+    ahead = ReadAhead(hold, 2)
+    for _ in range(3):
+        ahead.expect(range(100))
+    assert len(ahead._begun) == 2 * AHEAD
+    held.set()
+    assert [ahead.take(key) for key in range(100)] == list(range(100)) == sorted(read)
+
+
+def test_each_that_is_taken_begins_another() -> None:
+    read = Slow()
+    ahead = ReadAhead(read, 2)
+    ahead.expect(range(6 * AHEAD))
+    for key in range(6 * AHEAD):
+        assert ahead.take(key) == f"item {key}"
+        assert len(ahead._begun) == min(2 * AHEAD, 6 * AHEAD - key - 1)
+    assert threading.current_thread().name not in read.threads
+
+
+def test_those_before_the_one_that_is_taken_are_dropped() -> None:
+    read, found = Held(), list[str]()
+    ahead = ReadAhead(read, 2)
+    ahead.expect([1, 2, 3, 4, 5])
+    read.wait()
+    taker = threading.Thread(target=lambda: found.append(ahead.take(5)))
+    taker.start()
+    ends = time.monotonic() + 20
+    while ahead._begun and time.monotonic() < ends:
+        time.sleep(0.001)
+    read.go.set()
+    taker.join()
+    assert found == ["item 5"] and sorted(read.keys) == [1, 2, 5]
+
+
+def test_what_has_begun_is_taken_in_the_new_order() -> None:
+    read = Slow()
+    ahead = ReadAhead(read, 2)
+    ahead.expect([1, 2, 3])
+    ahead.expect([3, 1, 2])
+    assert [key for key, _ in ahead._begun] == [3, 1, 2]
+    assert [ahead.take(key) for key in (3, 1, 2)] == ["item 3", "item 1", "item 2"]
+
+
+def test_an_item_is_the_takers_alone() -> None:
+    class Item:
+        pass
+
+    ahead: ReadAhead[int, Item] = ReadAhead(lambda key: Item(), 2)
+    ahead.expect([1, 2])
+    items = [weakref.ref(ahead.take(key)) for key in (1, 2)]
+    ends = time.monotonic() + 20
+    while any(item() is not None for item in items) and time.monotonic() < ends:
+        time.sleep(0.001)
+    assert [item() for item in items] == [None, None]
+
+
 def test_threads_end_with_the_object() -> None:
     def alive() -> int:
         return sum(thread.name.startswith("dualforce-clip-") for thread in threading.enumerate())
@@ -97,3 +202,13 @@ def test_threads_end_with_the_object() -> None:
     assert ahead.take(1) == "item 1" and alive() == 3
     del ahead
     assert all_gone()
+
+
+def test_a_process_that_ends_is_not_held_up() -> None:
+    code = (
+        "import threading; from dualforce.data.ahead import ReadAhead; begun = threading.Event()\n"
+        "def read(key): begun.set(); threading.Event().wait()\n"
+        "ahead = ReadAhead(read, 2); ahead.expect([1, 2]); begun.wait(); print('the end')"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], timeout=60, capture_output=True, text=True, check=True)
+    assert ended.stdout == "the end\n"

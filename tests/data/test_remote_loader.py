@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
+from itertools import pairwise
+from multiprocessing import Pipe
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,12 +19,14 @@ from helpers.remote_sets import open_remote, same
 
 from data_shards.reader import ShardSet
 from data_shards.remote.fetch import FetchOptions, RemoteError
-from data_shards.schema import ShardError
+from data_shards.schema import ClipSample, ShardError
 from dualforce.config import ConfigError, DataConfig, RunConfig
 from dualforce.config_file import load_run
+from dualforce.data.ahead import ReadAhead
 from dualforce.data.loader import StepLoader
 from dualforce.data.statistics import StreamStatistics
 from dualforce.data.steps import Deal
+from dualforce.data.workers import WorkerPool
 from dualforce.train.__main__ import _prepare, open_shards
 from dualforce.train.checkpoint import _check_same
 from dualforce.types import ClipBatch
@@ -70,6 +75,63 @@ def test_batches_of_a_faulty_server_are_those_of_the_folder(
         assert sum(server.hits.values()) > 3
     pairs = [pair for ours, theirs in zip(found, wanted, strict=True) for pair in zip(ours, theirs, strict=True)]
     assert all(equal(ours, theirs) for ours, theirs in pairs)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_slow_clip_holds_up_no_clip_of_the_next_step(root: Path, tmp_path: Path, workers: int) -> None:
+    """The first clip of a step comes only when as many others were asked for as are not all of that step."""
+    wanted, others = steps(ShardSet.open(root), 5), threading.Semaphore(0)
+    options, came = FetchOptions(stall=60.0, least_stall=60.0, second=0.0), list[bool]()
+
+    def fault(name: str, number: int) -> None:
+        if not name.endswith(".tar"):
+            return
+        others.release()
+        if len(came) == 0:
+            came.append(False)
+            came[0] = all(others.acquire(timeout=20) for _ in range(8))
+
+    with serving(root) as server:
+        ahead = loader(open_remote(server, tmp_path, options), 5, workers=workers)
+        server.fault = fault
+        found = list(ahead)
+        assert came == [True]
+        assert sum(request[0].endswith(".tar") for request in server.requests) == 14, "each clip once"
+    pairs = [pair for ours, theirs in zip(found, wanted, strict=True) for pair in zip(ours, theirs, strict=True)]
+    assert len(pairs) == 12 and all(equal(ours, theirs) for ours, theirs in pairs)
+
+
+def test_no_more_than_the_next_step_is_begun_and_nothing_after_the_last(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected: list[list[tuple[int, int]]] = []
+    expect = ReadAhead.expect
+
+    def recorded(ahead: ReadAhead[tuple[int, int], ClipSample], keys: list[tuple[int, int]]) -> None:
+        expected.append(list(keys))
+        expect(ahead, keys)
+
+    monkeypatch.setattr(ReadAhead, "expect", recorded)
+    with serving(root) as server:
+        steps(open_remote(server, tmp_path), 5)
+        assert [len(keys) for keys in expected] == [14, 14, 14, 14, 12, 6], "6 of the step and 8, one for each thread"
+        for before, after in pairwise(expected):
+            assert before[6:] == after[: len(before) - 6]
+        expected.clear()
+        steps(ShardSet.open(root), 5)
+        assert [len(keys) for keys in expected] == [6] * 6, "a folder is read clip by clip"
+
+
+@pytest.mark.parametrize(("count", "asked"), [(1, [(0, [1, 2, 3, 4]), (1, [2, 3, 4])]), (2, [(0, [2, 4]), (2, [4])])])
+def test_a_process_is_told_which_steps_come_to_it(count: int, asked: list[tuple[int, list[int]]]) -> None:
+    """Without the processes: what goes through their pipes."""
+    pool = WorkerPool.__new__(WorkerPool)
+    ours, theirs = Pipe()
+    pool._count, pool._end, pool._pipes = count, 5, [theirs, theirs]
+    for step, then in asked:
+        pool._ask(step)
+        found, further = ours.recv()
+        assert (found, list(further)) == (step, then)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

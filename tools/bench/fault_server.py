@@ -16,6 +16,7 @@ from pathlib import Path
 # What a request is answered with: the name of a fault, or None.
 Fault = Callable[[str, int], str | None]
 PASSING = ("500", "503", "429", "reset", "silent", "stall", "short", "cut_length", "changed", "changed_mark", "whole")
+_TURNED = bytes(byte ^ 0x10 for byte in range(256))
 
 
 def no_fault(name: str, number: int) -> str | None:
@@ -48,6 +49,7 @@ class ShardServer(ThreadingHTTPServer):
         self.requests: list[tuple[str, str | None, str | None]] = []
         self.targets: list[str] = []
         self.contents: dict[tuple[Path, int, int], tuple[bytes, str]] = {}
+        self._changed: dict[str, bytes] = {}  # by ETag
         self.hits: dict[str, int] = {}  # faults by kind
         self.marks = True  # whether answers have an ETag
         self.redirect = ""  # where "redirect" leads
@@ -71,6 +73,16 @@ class ShardServer(ThreadingHTTPServer):
             data = path.read_bytes()
             self.contents[key] = data, f'"{hashlib.sha256(data).hexdigest()[:16]}"'
         return self.contents[key]
+
+    def changed(self, path: Path) -> bytes:
+        """Bytes of a file with a bit of every 97th turned, made once: a copy for each answer would hold all others
+        up."""
+        data, mark = self.content(path)
+        if mark not in self._changed:
+            changed = bytearray(data)
+            changed[5::97] = changed[5::97].translate(_TURNED)
+            self._changed[mark] = bytes(changed)
+        return self._changed[mark]
 
     def named(self, name: str) -> int:
         """The number of requests for a file."""
@@ -144,9 +156,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _file(self, path: Path, kind: str | None) -> None:
         data, mark = self.server.content(path)
         if kind in ("changed", "changed_mark"):
-            changed = bytearray(data)
-            changed[5::97] = bytes(byte ^ 0x10 for byte in changed[5::97])
-            data = bytes(changed)
+            data = self.server.changed(path)
             mark = '"other"' if kind == "changed_mark" else mark
         if kind == "digit":  # the last one is another: what was JSON still is
             at = [found.start() for found in re.finditer(rb"[0-9]", data)][-1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,7 +89,7 @@ def test_thirty_percent_of_faults_for_long(root: Path, local: ShardSet, tmp_path
 def _read_through_faults(root: Path, local: ShardSet, cache: Path, seed: int, rounds: int) -> int:
     reads = 0
     with serving(root, random_faults(0.3, seed)) as server:
-        opened = open_remote(server, cache, most=1)  # nothing is kept: each read is of the server
+        opened = open_remote(server, cache, replace(QUICK, second=0.1), most=1)  # nothing is kept
         ours, theirs = opened.split("train"), local.split("train")
         for _ in range(rounds):
             for i in range(len(theirs)):
@@ -127,7 +128,7 @@ def test_a_fault_that_does_not_end_is_one_line_in_bounded_time(root: Path, tmp_p
 @pytest.mark.parametrize("kind", ["403", "401", "404", "gzip"])
 def test_a_lasting_fault_is_told_of_at_once(root: Path, tmp_path: Path, kind: str) -> None:
     with serving(root) as server:
-        reader = open_remote(server, tmp_path, FetchOptions(least_stall=10.0)).split("train")
+        reader = open_remote(server, tmp_path, FetchOptions(least_stall=10.0, second=0.0)).split("train")
         server.fault = lambda name, number: kind
         asked, began = len(server.requests), time.monotonic()
         with pytest.raises(RemoteError, match=r"sample 'train-0005'.*(status 40\d|Content-Encoding 'gzip'): expected"):
@@ -289,7 +290,7 @@ def test_a_manifest_that_changes_under_the_run_ends_it(
 ) -> None:
     other = write_fake_shards(tmp_path / "other", clips=4, frames=9, flame=True, text_dim=6, seed=1)
     with copied(root) as server:
-        reader = open_remote(server, tmp_path / "cache", FetchOptions(recheck=0.0)).split("train")
+        reader = open_remote(server, tmp_path / "cache", FetchOptions(recheck=0.0, second=0.0)).split("train")
         reader.read(0)
         reader.read(0)
         assert server.named("manifest.json") == 2, "looked at again, with a mark"

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
-import shutil
 import socket
-import ssl
-import subprocess
 import threading
 import time
 from dataclasses import replace
@@ -16,12 +13,13 @@ from pathlib import Path
 
 import pytest
 from helpers.fake_shards import write_fake_shards
-from helpers.remote_sets import QUICK, open_remote, same
+from helpers.remote_sets import QUICK, certificate, open_remote, same
 
 from data_shards.reader import ShardSet
+from data_shards.remote.answers import seconds_of
 from data_shards.remote.fetch import FetchOptions, RemoteError
 from data_shards.remote.source import locate
-from data_shards.remote.web import _redirected, _seconds
+from data_shards.remote.web import _redirected
 from data_shards.schema import ShardError
 from tools.bench.fault_server import ShardServer, random_faults, serving
 
@@ -116,11 +114,11 @@ def test_credentials_come_from_netrc(root: Path, tmp_path: Path, monkeypatch: py
 
 
 def test_retry_after_is_a_number_or_a_date() -> None:
-    assert _seconds("7") == 7 and _seconds(None) is None and _seconds("soon") is None
-    assert _seconds("9" * 5000) is not None
-    date = _seconds(formatdate(time.time() + 100, usegmt=True))
+    assert seconds_of("7") == 7 and seconds_of(None) is None and seconds_of("soon") is None
+    assert seconds_of("9" * 5000) is not None
+    date = seconds_of(formatdate(time.time() + 100, usegmt=True))
     assert date is not None and 98 < date < 101
-    assert _seconds(formatdate(time.time() - 100, usegmt=True)) == 0
+    assert seconds_of(formatdate(time.time() - 100, usegmt=True)) == 0
 
 
 def test_connections_are_kept_and_one_that_the_server_closed_is_no_fault(root: Path, tmp_path: Path) -> None:
@@ -128,7 +126,7 @@ def test_connections_are_kept_and_one_that_the_server_closed_is_no_fault(root: P
     with serving(root) as server:
         accept = server.get_request
         server.get_request = lambda: accepted.append(accept()) or accepted[-1]  # type: ignore[func-returns-value,method-assign]
-        reader = open_remote(server, tmp_path, FetchOptions(attempts=1)).split("train")
+        reader = open_remote(server, tmp_path, FetchOptions(attempts=1, second=0.0)).split("train")
         before = len(accepted)
         for i in range(4):
             reader.read(i)
@@ -146,21 +144,14 @@ def test_other_forms_of_an_answer(
     monkeypatch.setattr("tools.bench.fault_server._Handler.protocol_version", version)
     local = ShardSet.open(root).split("train")
     with serving(root, lambda name, number: kind) as server:
-        reader = open_remote(server, tmp_path, FetchOptions(attempts=1)).split("train")
+        reader = open_remote(server, tmp_path, FetchOptions(attempts=1, second=0.0)).split("train")
         assert all(same(reader.read(i), local.read(i)) for i in range(len(local)))
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
 def test_https_with_a_certificate_that_is_known_and_one_that_is_not(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1",
-         "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", tmp_path / "key", "-out", tmp_path / "cert"],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(tmp_path / "cert", tmp_path / "key")
+    context = certificate(tmp_path)
     local = ShardSet.open(root).split("train")
     with serving(root) as server:
         server.socket = context.wrap_socket(server.socket, server_side=True)
@@ -197,7 +188,7 @@ def test_threads_and_a_forked_process_read_at_the_same_time(root: Path, tmp_path
             thread.join()
         child = os.fork()
         if not child:  # it has the connections of its parent, and must not use them
-            pool = reader.source.source._transport._pool  # type: ignore[union-attr]
+            pool = reader.source.source._transport._connections._pool  # type: ignore[union-attr]
             kept = pool.take(("http", server.host))
             work(0)
             os._exit(len(wrong) if kept is None else 99)
