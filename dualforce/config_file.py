@@ -49,6 +49,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: key {error}: given twice: expected once") from None
     except RecursionError:
         raise ConfigError(f"{path}: not JSON that can be read: too many brackets in each other") from None
+    except ValueError as error:  # a number of more than 4300 digits
+        raise ConfigError(f"{path}: not JSON that can be read: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {type(values).__name__}")
     return values

@@ -49,7 +49,7 @@ def main() -> None:
     except (LoaderError, MachineError, RemoteError) as error:  # of this rank alone
         _leave(error, True)
     except DamageError as error:  # every rank meets it
-        _leave(error, launch.is_main())
+        _leave(error, launch.is_main(), all_ranks=True)
     except ConfigError as error:  # a checkpoint that cannot be written; every rank meets the same one
         _leave(error, launch.speaks(isinstance(error, AgreedError)), all_ranks=True)
     except ShardError as error:  # a clip's; only the ranks that share the clip meet it, and the first of them speaks

@@ -119,7 +119,7 @@ def train_step(
         engine.backward(output.terms.total.clone(), scale_wrt_gas=False)
         record(inputs, output)
         norm = _plain_norm(engine)
-        with _left_out_unless_finite(engine.optimizer, norm):
+        with _left_out_unless_finite(engine, norm):
             engine.step()
     return norm if norm is not None else engine.get_global_grad_norm()
 
@@ -133,12 +133,13 @@ def _plain_norm(engine: Any) -> Tensor | None:
 
 
 @contextmanager
-def _left_out_unless_finite(optimizer: Any, norm: Tensor | None) -> Iterator[None]:
+def _left_out_unless_finite(engine: Any, norm: Tensor | None) -> Iterator[None]:
     """For the optimizer whose norm is taken here (`norm`) what DeepSpeed's others do themselves: where a gradient is
     not finite, the weights of all ranks stay as they are. Waits for the device, as the others do."""
     if norm is None:
         yield
         return
+    optimizer = engine.optimizer
     step = optimizer.step
     optimizer.overflow = not bool(norm.isfinite())  # then DeepSpeed counts a skipped step, and leaves the rate
     if optimizer.overflow:

@@ -44,8 +44,10 @@ def test_damaged_clips_are_read_back_and_none_where_they_were_not_kept(tmp_path:
     values = asdict(STATE)
     del values["damaged"]
     (folder / "state.json").write_text(json.dumps(values))
+    seal(folder)
     assert read_state(tmp_path) == STATE and STATE.damaged == ()
     (folder / "state.json").write_text(json.dumps({**values, "damaged": ["abc"]}))
+    seal(folder)
     with pytest.raises(ConfigError, match=r"state\.json: "):
         read_state(tmp_path)
 
