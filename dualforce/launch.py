@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import socket
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,6 +60,13 @@ def finish() -> None:
     """Leave the other ranks, after a run that came to its end."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+        let_go()
+
+
+def let_go() -> None:
+    """Before a process ends: gloo's threads drop the tensors of the last collectives, for which they need the
+    interpreter. One that still waits for it when it shuts down ends the process with SIGABRT."""
+    time.sleep(0.1)  # whoever waits gets it at once
 
 
 def wait_for_others() -> None:
@@ -77,6 +85,8 @@ def wait_for_others() -> None:
             store.wait([f"gone/{other}" for other in range(world)], LEAVE_TOGETHER)
     except RuntimeError:  # DistError: too late, or the store is gone with the rank that held it
         return
+    finally:
+        let_go()
 
 
 def is_main() -> bool:

@@ -113,7 +113,10 @@ def test_a_stopped_command_goes_on(sample_dir: Path, tmp_path: Path, how: signal
     src, out = take(sample_dir, tmp_path / "src", 20), tmp_path / "out"  # some seconds of work after the first
     command = [sys.executable, "-m", "dualforce.cli", "data", "build", str(src), "--out", str(out), "--size", "128"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # Tests may run in the background, where shells have Ctrl-C ignored, and a process hands that on.
+    asked = signal.signal(signal.SIGINT, signal.default_int_handler)
     first = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    signal.signal(signal.SIGINT, asked)
     results = out / ".work" / "results"
     end = time.monotonic() + 120
     while not (results.is_dir() and any(results.iterdir())):
