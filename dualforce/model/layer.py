@@ -70,12 +70,8 @@ class DualLayer(nn.Module):
             struct_heard = self.audio_struct(struct, inputs.audio, at.struct_slots)
         rows, text = inputs.video_rows, inputs.video_text
         if not self._has_struct:
-            return self.video(video, rows, text, at.video, path, heard), _sum(struct, struct_heard)
+            return self.video(video, rows, text, at.video, path, heard), struct
         return path.both(
             lambda: self.video(video, rows, text, at.video, path, heard),
             lambda: self.struct(struct, inputs.struct_rows, inputs.struct_text, at.struct, path, struct_heard),
         )
-
-
-def _sum(x: Tensor, added: Tensor | None) -> Tensor:
-    return x if added is None else x + added

@@ -94,7 +94,12 @@ def test_products_write_their_slots_of_the_flat_gradient(recompute: Any, monkeyp
             written.append(out)
         return product(a, b, out=out)
 
+    def spoilt(like: Tensor, *size: Any, **options: Any) -> Tensor:
+        return empty(like, *size, **options).fill_(torch.nan)
+
+    empty = Tensor.new_empty
     monkeypatch.setattr(torch, "mm", spied)
+    monkeypatch.setattr(Tensor, "new_empty", spoilt)
     for step in range(2):  # a second backward begins a new gradient and leaves the first alone
         x, before = torch.randn(4, 5), unit.matrices.grad
         kept = None if before is None else before.clone()
@@ -110,6 +115,9 @@ def test_products_write_their_slots_of_the_flat_gradient(recompute: Any, monkeyp
         assert [tuple(out.shape) for out in written] == [(5, 5), (5, 7), (7, 5)]
         assert all(out.untyped_storage().data_ptr() == room for out in written)
         assert kept is None or torch.equal(before, kept)
+        used = sum(slot.numel for slot in unit.layout["matrices"])
+        # Nothing between the slots, where the gradient's norm would count it.
+        assert (unit.matrices.grad == 0).sum() >= unit.matrices.numel() - used > 0
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])
