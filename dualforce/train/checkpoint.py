@@ -30,6 +30,7 @@ from dualforce.train.manifest import (
     begin_folder,
     check_file,
     check_share,
+    read_bytes,
     read_manifest,
     replace_file,
     summed,
@@ -61,7 +62,7 @@ class SavedState:
     shards: str  # hash of the shard set
     config: dict[str, Any]  # what config.json has beside the run: model, extractors, statistics, geometry
     # Set (its number in data.shards) and key of each clip that could not be read, over all ranks since the run began.
-    damaged: tuple[tuple[int, str], ...] = ()  # checkpoints from before it was kept count from zero
+    damaged: tuple[tuple[int, str], ...] = ()
 
 
 def save(engine: Any, run_dir: Path, state: SavedState, grid: ProcessGrid) -> None:
@@ -100,12 +101,7 @@ def save(engine: Any, run_dir: Path, state: SavedState, grid: ProcessGrid) -> No
 def newest_step(run_dir: Path) -> int:
     """The step of a run's newest complete checkpoint; ConfigError when there is none."""
     pointer = run_dir / "checkpoints" / POINTER
-    try:
-        text = pointer.read_bytes()
-    except FileNotFoundError:
-        raise ConfigError(f"{pointer}: no such file; expected a run with a checkpoint") from None
-    except OSError as error:
-        raise ConfigError(f"{pointer}: cannot be read: {error.strerror or error}") from None
+    text = read_bytes(pointer, "a run with a checkpoint")
     found = re.fullmatch(rb"step-(\d{6,})\n?", text)
     if not found:
         raise ConfigError(f"{pointer}: {text[:40]!r}: expected the name of a checkpoint, such as step-000500")
@@ -122,7 +118,7 @@ def read_state(run_dir: Path, step: int | None = None) -> SavedState:
         raise ConfigError(f"{folder}: no {STATE} in its manifest: expected a checkpoint of this version")
     check_file(folder, STATE, files[STATE])
     values = read_json(path)
-    for key in ("units", "shards", "config"):
+    for key in ("units", "shards", "config", "damaged"):
         if key not in values:
             raise ConfigError(
                 f"{path}: key {key} is missing: expected a checkpoint of this version, 0.1.0 exports its own"

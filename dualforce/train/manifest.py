@@ -162,15 +162,20 @@ def write_manifest(folder: Path, files: Mapping[str, FileSum]) -> None:
     replace_file(folder / MANIFEST, _text(files))
 
 
+def read_bytes(path: Path, expected: str) -> bytes:
+    """A small file of a run. ConfigError where there is none, with what was `expected`, or it cannot be read."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; expected {expected}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
 def read_manifest(folder: Path) -> dict[str, FileSum]:
     """The files of a checkpoint. ConfigError where there is no manifest, or not as it was written."""
     path = folder / MANIFEST
-    try:
-        text = path.read_bytes()
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; expected a complete checkpoint of this version") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from None
+    text = read_bytes(path, "a complete checkpoint of this version")
     try:
         files = {name: FileSum(*one) for name, one in json.loads(text)["files"].items()}
         same = _text(files).encode() == text

@@ -103,7 +103,7 @@ def _products(name: str, plain: PlainProducts) -> PlainProducts | QuackProducts:
     try:
         return QuackProducts(plain)
     except QuackUnavailable as error:
-        logger.warning("%s; products and activations run apart: some 5 %% of a step slower", error)
+        logger.warning("%s; products and activations run apart, which is slower", error)
         return plain
 
 

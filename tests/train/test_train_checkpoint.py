@@ -38,14 +38,15 @@ def test_state_is_read_back(tmp_path: Path) -> None:
     assert read_state(tmp_path, 5) == STATE
 
 
-def test_damaged_clips_are_read_back_and_none_where_they_were_not_kept(tmp_path: Path) -> None:
+def test_damaged_clips_are_read_back(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, replace(STATE, damaged=((0, "a"), (1, "a"))))
     assert read_state(tmp_path).damaged == ((0, "a"), (1, "a"))
     values = asdict(STATE)
     del values["damaged"]
     (folder / "state.json").write_text(json.dumps(values))
     seal(folder)
-    assert read_state(tmp_path) == STATE and STATE.damaged == ()
+    with pytest.raises(ConfigError, match=r"state\.json: key damaged is missing"):
+        read_state(tmp_path)
     (folder / "state.json").write_text(json.dumps({**values, "damaged": ["abc"]}))
     seal(folder)
     with pytest.raises(ConfigError, match=r"state\.json: "):
