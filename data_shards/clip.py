@@ -176,26 +176,26 @@ def _check_member(name: str, size: int, header: bytearray, filling: bytearray, o
 
 def _is_header_of(name: str, size: int, header: bytes) -> bool:
     # A link, device or second name here would mean something else to tar than the index means to this reader.
-    stated, length, checksum, kind, magic, prefix = (
-        header[start:end] for start, end in ((0, 100), (124, 136), (148, 156), (156, 157), (257, 262), (345, 500))
-    )
-    total = _sum(header) - sum(checksum) + 8 * ord(" ")
+    checksum = header[148:156]
     return (
-        stated.rstrip(b"\0") == name.encode("ascii")
-        and _octal(length) == size
-        and _octal(checksum) == total
-        and kind in (b"0", b"\0")
-        and magic == b"ustar"
-        and not prefix.strip(b"\0")
+        header[:100].rstrip(b"\0") == name.encode("ascii")
+        and _octal(header[124:136]) == size
+        and _octal(checksum) == _sum(header) - sum(checksum) + 8 * ord(" ")
+        and header[156] in b"0\0"
+        and header[257:262] == b"ustar"
+        and not header[345:500].strip(b"\0")
     )
 
 
 def _sum(header: bytes) -> int:
     """The sum of 512 bytes. The lower half of an Adler-32 that starts at 0 is the sum of the bytes modulo 65521, which
     256 bytes stay below."""
-    return sum(zlib.adler32(header[start : start + 256], 0) & 0xFFFF for start in (0, 256))
+    return (zlib.adler32(header[:256], 0) & 0xFFFF) + (zlib.adler32(header[256:], 0) & 0xFFFF)
 
 
 def _octal(field: bytes) -> int:
     digits = field.strip(b"\0 ")
-    return int(digits, 8) if digits.isdigit() and not set(digits) & set(b"89") else -1
+    try:
+        return int(digits, 8) if digits.isdigit() else -1
+    except ValueError:
+        return -1

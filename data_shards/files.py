@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import math
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -50,6 +49,7 @@ class Folder:
         """`called` is the folder that messages name, if it is another than `root`."""
         self._root = root
         self._path, self._called = os.fspath(root), os.fspath(called or root)
+        self._before, self._label = os.path.join(self._path, ""), os.path.join(self._called, "")
 
     def __str__(self) -> str:
         """The folder as messages name it."""
@@ -62,7 +62,7 @@ class Folder:
 
     def label(self, name: str) -> str:
         """The file as messages name it."""
-        return os.path.join(self._called, name)
+        return self._label + name
 
     def expect(self, manifest: Mapping[str, Any]) -> None:
         """Be told of the set's manifest, once its form has been checked. Nothing follows from it here."""
@@ -74,11 +74,11 @@ class Folder:
 
     def size(self, name: str) -> int:
         """Bytes of the file, which is not opened."""
-        return _plain(os.path.join(self._path, name), self.label(name)).st_size
+        return _plain(self._before + name, self._label + name).st_size
 
     def document(self, name: str, most: int = MAX_JSON_BYTES) -> bytes:
         """All bytes of the file; ShardError if it is larger than `most`."""
-        with _opened(os.path.join(self._path, name), self.label(name)) as file:
+        with _opened(self._before + name, self._label + name) as file:
             size = os.fstat(file.fileno()).st_size
             if size > most:
                 raise ShardError(f"{self.label(name)}: {size} bytes: expected at most {most}")
@@ -87,18 +87,24 @@ class Folder:
 
     def fill(self, name: str, ranges: Sequence[Range]) -> list[int]:
         """Read from each offset until its room is full; how many bytes there were, fewer where the file ends."""
-        with _opened(os.path.join(self._path, name), self.label(name)) as file:
-            return _fill(file.fileno(), ranges)
+        label = self._label + name
+        file = _open(self._before + name, label)
+        try:
+            return _fill(file, ranges)
+        except OSError as error:
+            raise _unreadable(label, error) from None
+        finally:
+            os.close(file)
 
     def digest(self, name: str) -> str:
         """sha256 of the file."""
-        with _opened(os.path.join(self._path, name), self.label(name)) as file:
+        with _opened(self._before + name, self._label + name) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def copy(self, name: str, target: Path) -> str:
         """Copy the file to `target`, on the disk when this returns; sha256 of what was copied."""
         digest = hashlib.sha256()
-        with _opened(os.path.join(self._path, name), self.label(name)) as old:
+        with _opened(self._before + name, self._label + name) as old:
             with writing(target):
                 new = open(target, "wb", buffering=0)  # noqa: SIM115 - a buffer would be written again on closing
             with new:
@@ -124,18 +130,28 @@ def _plain(path: str, label: str) -> os.stat_result:
     raise ShardError(f"{label}: {kind}: expected a plain file")
 
 
-@contextmanager
-def _opened(path: str, label: str) -> Iterator[FileIO]:
-    """The file without a buffer; faults of the system on the way are ShardErrors."""
+def _open(path: str, label: str) -> int:
+    """Descriptor of the file."""
     # Looked at before opening, because opening a device can act on it; and after, because it may have been replaced.
     _plain(path, label)
     try:
-        with FileIO(os.open(path, _FLAGS)) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ShardError(f"{label}: a folder, pipe, socket or device: expected a plain file")
-            yield file
+        file = os.open(path, _FLAGS)
     except OSError as error:
         raise _unreadable(label, error) from None
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise ShardError(f"{label}: a folder, pipe, socket or device: expected a plain file")
+    return file
+
+
+@contextmanager
+def _opened(path: str, label: str) -> Iterator[FileIO]:
+    """The file without a buffer; faults of the system on the way are ShardErrors."""
+    with FileIO(_open(path, label)) as file:
+        try:
+            yield file
+        except OSError as error:
+            raise _unreadable(label, error) from None
 
 
 @contextmanager
@@ -158,22 +174,32 @@ def _unreadable(label: str, error: Exception) -> ShardError:
 def _fill(file: int, ranges: Sequence[Range]) -> list[int]:
     """See `Folder.fill`; ranges that follow each other in the file are read at once."""
     counts: list[int] = []
-    while len(counts) < len(ranges):
-        start, rooms, end = ranges[len(counts)][0], [], ranges[len(counts)][0]
-        for offset, room in ranges[len(counts) :]:
-            if offset != end:
-                break
-            rooms.append(room)
-            end += len(room)
-        count = _read(file, start, rooms)
-        for room in rooms:
-            counts.append(min(count, len(room)))
-            count -= counts[-1]
+    rooms: list[memoryview] = []
+    start = end = 0
+    for offset, room in ranges:
+        if offset != end and rooms:
+            counts += _read(file, start, rooms, end - start)
+            rooms = []
+        if not rooms:
+            start = end = offset
+        rooms.append(room)
+        end += len(room)
+    return counts + _read(file, start, rooms, end - start) if rooms else counts
+
+
+def _read(file: int, start: int, rooms: list[memoryview], size: int) -> list[int]:
+    """Fill `rooms`, of `size` bytes, one after the other from `start` on; how many bytes there were for each."""
+    if _READS_AT_ONCE and len(rooms) <= _MOST_ROOMS and os.preadv(file, rooms, start) == size:
+        return [len(room) for room in rooms]  # nearly always, and most of the calls of a run
+    count, counts = _read_on(file, start, rooms), []
+    for room in rooms:
+        counts.append(min(count, len(room)))
+        count -= counts[-1]
     return counts
 
 
-def _read(file: int, offset: int, rooms: Sequence[memoryview]) -> int:
-    """Fill `rooms` one after the other from `offset` on; how many bytes there were."""
+def _read_on(file: int, offset: int, rooms: Sequence[memoryview]) -> int:
+    """The same however few bytes the system hands out at a time; how many there were."""
     total, left = 0, [room for room in rooms if len(room)]  # reading nothing looks like the end of the file
     while left:
         more = _read_some(file, left, offset + total)
@@ -231,7 +257,7 @@ def _no_constant(constant: str) -> NoReturn:
 
 def _finite(text: str) -> float:
     value = float(text)
-    if not math.isfinite(value):
+    if value - value:  # of infinity it is NaN; a record has hundreds of numbers, and this is the fastest question
         raise ValueError(f"number {shown(text)} is too large")
     return value
 

@@ -74,8 +74,9 @@ class SetIndex:
 
     def key(self, clip: int) -> str:
         """Key of a clip."""
-        start = int(self.key_ends[clip - 1]) + 1 if clip else 0
-        return self.columns["keys"][start : int(self.key_ends[clip])].tobytes().decode("ascii")
+        ends = self.key_ends
+        start = ends.item(clip - 1) + 1 if clip else 0
+        return self.columns["keys"][start : ends.item(clip)].tobytes().decode("ascii")
 
     def keys(self, start: int, stop: int) -> list[str]:
         """Keys of the clips `start` to `stop` - 1."""
@@ -88,13 +89,13 @@ class SetIndex:
         return Place(
             tar=self.tars[number],
             key=self.key(clip),
-            identity=self.identities[SPLITS[clip >= self.train]][int(columns["identity"][clip])],
-            start=int(self.starts[clip]),
-            record_bytes=int(columns["record_bytes"][clip]),
-            layout=self.layouts[int(columns["layout"][clip])],
+            identity=self.identities[SPLITS[clip >= self.train]][columns["identity"].item(clip)],
+            start=self.starts.item(clip),
+            record_bytes=columns["record_bytes"].item(clip),
+            layout=self.layouts[columns["layout"].item(clip)],
             row=clip - first,
             rows=self.first[number + 1] - first,
-            sum=int(columns["sums"][clip]),
+            sum=columns["sums"].item(clip),
         )
 
 

@@ -10,6 +10,7 @@ import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from xxhash import xxh3_64_intdigest
@@ -72,7 +73,7 @@ class Layout:
         """The header as the manifest holds it."""
         return self.header[8:].decode("ascii")
 
-    @property
+    @cached_property
     def frames(self) -> int:
         """F."""
         return next(part.frames for part in self.parts if part.name == "video")

@@ -8,11 +8,10 @@ these.
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from data_shards.clip import read_prefix, read_whole
 from data_shards.columns import Column, header_of, size_of
@@ -127,9 +126,9 @@ class ShardReader:
         self._clips = clips
         self._tags = tags_of(manifest["extractors"])
         self._rooms = Rooms()
-        # [N,2] latent frames of each clip, and of its audio, whose values were found right. Bytes are checked against
-        # the same checksums whenever they are read, so that the values of a clip are judged once.
-        self._judged = np.zeros((len(clips), 2), np.uint32)
+        # Latent frames of each clip, and of its audio, whose values were found right. Bytes are checked against the
+        # same checksums whenever they are read, so that the values of a clip are judged once.
+        self._judged = [array("I", bytes(4 * len(clips))) for _ in ("all", "audio")]
         self._plans: dict[tuple[int, int, int], Plan] = {}
 
     def __len__(self) -> int:
@@ -180,12 +179,13 @@ class ShardReader:
         else:
             beyond, read = min(beyond, most - frames), read_prefix
         plan, tags, rooms = self._plan(place.layout, frames, beyond), self._tags, self._rooms
-        judged, extent = self._judged[index], (frames, frames + beyond)
-        known = bool(judged[0] >= extent[0] and judged[1] >= extent[1])
+        judged, heard = self._judged
+        known = judged[index] >= frames and heard[index] >= frames + beyond
         what = f"sample {place.key!r}: {place.key}.json and {place.key}.safetensors:"
         sample = self.source.checked(what, lambda source: read(source, place, tags, rooms, plan, known))
         if not known:
-            self._judged[index] = np.maximum(judged, extent)
+            judged[index] = max(judged[index], frames)
+            heard[index] = max(heard[index], frames + beyond)
         return sample
 
     def _plan(self, layout: Layout, frames: int, beyond: int) -> Plan:

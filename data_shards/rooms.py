@@ -7,6 +7,7 @@ to the system as soon as they are free, so without this every clip would pay.
 from __future__ import annotations
 
 import weakref
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -21,14 +22,16 @@ MOST_FREE = 2**26  # bytes that wait for the next clip
 class Rooms:
     """Lends pieces of memory; one that is lent comes back by itself when the last tensor in it is gone.
 
-    At most MOST_FREE bytes are kept beside those that are lent. Safe to use from several threads.
+    At most `most_free` bytes are kept beside those that are lent; pieces of other sizes make room for the one that came
+    back last. Safe to use from several threads.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most_free: int = MOST_FREE) -> None:
+        self._most = most_free
         self._free: dict[int, list[NDArray[np.uint8]]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Rooms, ())  # another process has memory of its own
+        return (Rooms, (self._most,))  # another process has memory of its own
 
     def take(self, size: int) -> Tensor:
         """At least `size` bytes, [B] uint8, with any content."""
@@ -45,5 +48,10 @@ class Rooms:
         # Called wherever the last tensor goes, in any thread: nothing here may wait for a lock. The sum may therefore
         # be a piece off.
         waiting = sum(size * len(pieces) for size, pieces in list(self._free.items()))
-        if waiting + whole.nbytes <= MOST_FREE:
+        for size, pieces in list(self._free.items()):
+            while size != whole.nbytes and waiting + whole.nbytes > self._most and pieces:
+                with suppress(IndexError):  # another thread took the last one
+                    pieces.pop()
+                waiting -= size
+        if waiting + whole.nbytes <= self._most:
             self._free.setdefault(whole.nbytes, []).append(whole)

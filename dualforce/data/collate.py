@@ -41,11 +41,10 @@ def collate(
         raise ValueError(f"{len(samples)} samples, {len(refs)} refs: expected equal numbers of at least 1")
     for sample in samples:
         _check_fits(sample, frames, text_dim)
-    video = torch.stack([sample.video[:frames] for sample in samples])
     windows = torch.stack([audio_windows(sample.audio, frames, context) for sample in samples])
     flame, flame_valid = _flame(samples, frames, statistics)
     return ClipBatch(
-        video=statistics.normalise_video(video),
+        video=statistics.normalise_clips([sample.video[:frames] for sample in samples]),
         struct=statistics.normalise_struct(torch.stack([sample.struct[:frames] for sample in samples])),
         audio=statistics.normalise_audio(windows),
         flame=flame,

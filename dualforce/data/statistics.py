@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from data_shards.schema import ShardError
+from dualforce.reused import empty
 
 ABSOLUTE_FLOOR = 1e-3
 RELATIVE_FLOOR = 1e-2
@@ -84,6 +85,17 @@ class StreamStatistics:
         """[..,F,C,H,W] -> the same in fp32, normalised; `first_frame` is the absolute latent frame of x's first."""
         mean, std = self._video_rows(x, first_frame)
         return (x.float() - mean) / std
+
+    def normalise_clips(self, clips: Sequence[Tensor]) -> Tensor:
+        """Clips [F,C,H,W] from frame 0 on -> [B,F,C,H,W] fp32, each normalised as by `normalise_video`."""
+        mean, std = self._video_rows(clips[0], 0)
+        batch = empty((len(clips), *clips[0].shape))
+        for clip, row in zip(clips, batch, strict=True):
+            # A frame at a time, which stays in the processor's cache between the two operations.
+            for frames in zip(clip, mean, std, row, strict=True):
+                x, m, s, out = frames
+                torch.sub(x, m, out=out).div_(s)
+        return batch
 
     def denormalise_video(self, x: Tensor, first_frame: int = 0) -> Tensor:
         """Inverse of `normalise_video`, fp32."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dualforce.config import NoiseConfig
 from dualforce.diffusion.schedule import shift
+from dualforce.reused import empty, empty_like
 from dualforce.types import ClipBatch, Conditioning, FrameSigma, Noised, Velocity, chunk_of
 
 
@@ -29,6 +30,9 @@ class Draw(NamedTuple):
     keep: Tensor  # [B,3] bool: audio, reference, text
 
 
+_ClipDraw = tuple[Tensor, Tensor, Tensor]  # levels [F] of video and of structure, and what is kept, [3] bool
+
+
 def generator(*key: object) -> torch.Generator:
     """A CPU generator keyed by the values of `key`."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
@@ -37,28 +41,32 @@ def generator(*key: object) -> torch.Generator:
 
 def draw(batch: ClipBatch, config: NoiseConfig, seed: int, frames_per_chunk: int) -> Draw:
     """Levels, noise and condition dropout of the clips of an unpadded batch."""
-    clips = [
-        _draw_clip(generator("train", seed, *position), batch, config, frames_per_chunk) for position in batch.position
-    ]
-    return _stack(clips)
+    noise, clips = _room_for_noise(batch), []
+    for position, *into in zip(batch.position, *noise, strict=True):
+        source = generator("train", seed, *position)
+        clips.append(_draw_clip(source, batch.video.shape[1], config, frames_per_chunk))
+        _draw_noise(source, *into)
+    return _stack(clips, noise)
 
 
 def draw_fixed(batch: ClipBatch, levels: Sequence[float], seed: int) -> Draw:
     """Validation: clip b at `levels[b]` in every frame of both towers but frame 0, which is clean; nothing dropped."""
-    clips = []
-    for (_, position), level in zip(batch.position, levels, strict=True):
+    noise, clips = _room_for_noise(batch), []
+    for (_, position), level, *into in zip(batch.position, levels, *noise, strict=True):
         sigma = torch.full((batch.video.shape[1],), float(level))
         sigma[0] = 0.0
-        noise = _noise(generator("validation", seed, position), batch)
-        clips.append(Draw(FrameSigma(sigma, sigma), noise, torch.ones(3, dtype=torch.bool)))
-    return _stack(clips)
+        clips.append((sigma, sigma, torch.ones(3, dtype=torch.bool)))
+        _draw_noise(generator("validation", seed, position), *into)
+    return _stack(clips, noise)
 
 
 def mix(batch: ClipBatch, drawn: Draw) -> tuple[Noised, Velocity, Conditioning]:
     """(model input, velocity target, conditions): x = (1 - sigma) x0 + sigma e, target e - x0."""
     clean = Velocity(batch.video, batch.struct)
-    target = Velocity(*(e - x for e, x in zip(drawn.noise, clean, strict=True)))
-    video, struct = (x + _like(s, x) * v for x, s, v in zip(clean, drawn.sigma, target, strict=True))
+    target = Velocity(*(torch.sub(e, x, out=empty_like(x)) for e, x in zip(drawn.noise, clean, strict=True)))
+    video, struct = (
+        torch.mul(_like(s, x), v, out=empty_like(x)).add_(x) for x, s, v in zip(clean, drawn.sigma, target, strict=True)
+    )
     keep_audio, keep_reference, keep_text = drawn.keep.unbind(1)
     cond = Conditioning(batch.audio, keep_audio, batch.reference, keep_reference, batch.text, keep_text)
     return Noised(video, struct, drawn.sigma), target, cond
@@ -74,8 +82,7 @@ def pad_draw(drawn: Draw, frames: int) -> Draw:
     return Draw(sigma, noise, drawn.keep)  # type: ignore[arg-type]
 
 
-def _draw_clip(source: torch.Generator, batch: ClipBatch, config: NoiseConfig, frames_per_chunk: int) -> Draw:
-    frames = batch.video.shape[1]
+def _draw_clip(source: torch.Generator, frames: int, config: NoiseConfig, frames_per_chunk: int) -> _ClipDraw:
     # Every number is drawn whether it is used or not, so that one option does not move the others.
     first, prefix, prefix_length, same_video, same_struct = torch.rand(5, generator=source).tolist()
     keep = torch.rand(3, generator=source) >= config.p_drop
@@ -93,21 +100,24 @@ def _draw_clip(source: torch.Generator, batch: ClipBatch, config: NoiseConfig, f
         clean_chunks = 1 + int(prefix_length * (chunks - 1))  # 1 .. chunks - 1: something is left to learn
         clean = 1 + (clean_chunks - 1) * frames_per_chunk
     noisy = (torch.arange(frames) >= clean).float()
-    return Draw(FrameSigma(sigma_video * noisy, sigma_struct * noisy), _noise(source, batch), keep)
+    return sigma_video * noisy, sigma_struct * noisy, keep
 
 
-def _noise(source: torch.Generator, batch: ClipBatch) -> Velocity:
-    video = torch.randn(batch.video.shape[1:], generator=source)
-    struct = torch.randn(batch.struct.shape[1:], generator=source)
+def _room_for_noise(batch: ClipBatch) -> Velocity:
+    return Velocity(empty(batch.video.shape), empty(batch.struct.shape))
+
+
+def _draw_noise(source: torch.Generator, video: Tensor, struct: Tensor) -> None:
+    """Fill the noise of a clip, [F,C,H,W] and [F,Q,Cs]."""
+    torch.randn(video.shape, generator=source, out=video)
+    torch.randn(struct.shape, generator=source, out=struct)
     # The four slots of frame 0 hold one pixel frame: four draws would let the tower average the noise away.
-    struct[0] = struct[0, :1]
-    return Velocity(video, struct)
+    struct[0] = struct[0, :1].clone()
 
 
-def _stack(clips: Sequence[Draw]) -> Draw:
-    video, struct = (torch.stack([clip.sigma[i] for clip in clips]) for i in range(2))
-    noise = Velocity(*(torch.stack([clip.noise[i] for clip in clips]) for i in range(2)))
-    return Draw(FrameSigma(video, struct), noise, torch.stack([clip.keep for clip in clips]))
+def _stack(clips: Sequence[_ClipDraw], noise: Velocity) -> Draw:
+    video, struct, keep = (torch.stack(part) for part in zip(*clips, strict=True))
+    return Draw(FrameSigma(video, struct), noise, keep)
 
 
 def _like(sigma: Tensor, x: Tensor) -> Tensor:

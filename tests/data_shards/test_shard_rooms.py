@@ -11,7 +11,6 @@ import pytest
 import torch
 from helpers.fake_shards import write_fake_shards
 
-import data_shards.rooms
 from data_shards.reader import ShardReader, ShardSet
 from data_shards.rooms import Rooms
 
@@ -47,12 +46,27 @@ def test_other_sizes_are_other_pieces() -> None:
     assert len(rooms.take(4097)) == 8192 and len(rooms.take(0)) == 4096
 
 
-def test_no_more_is_kept_than_may_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data_shards.rooms, "MOST_FREE", 3 * 4096)
-    rooms = Rooms()
+def test_no_more_is_kept_than_may_wait() -> None:
+    rooms = Rooms(most_free=3 * 4096)
     lent = [rooms.take(4096) for _ in range(8)]
     del lent
-    assert sum(len(piece) for pieces in rooms._free.values() for piece in pieces) == 3 * 4096
+    assert _waiting(rooms) == [4096] * 3
+
+
+def test_the_size_that_came_back_last_is_kept() -> None:
+    rooms = Rooms(most_free=3 * 4096)
+    lent = [rooms.take(4096) for _ in range(3)]
+    del lent
+    larger = rooms.take(2 * 4096)
+    del larger
+    assert _waiting(rooms) == [4096, 2 * 4096]
+    too_large = rooms.take(4 * 4096)
+    del too_large
+    assert sum(_waiting(rooms)) <= 3 * 4096
+
+
+def _waiting(rooms: Rooms) -> list[int]:
+    return sorted(len(piece) for pieces in rooms._free.values() for piece in pieces)
 
 
 def test_a_copy_in_another_process_has_memory_of_its_own() -> None:
