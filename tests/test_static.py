@@ -20,6 +20,7 @@ BASE = (
     "dualforce.config_errors",
     "dualforce.config_file",
     "dualforce.presets",
+    "dualforce.reused",
 )
 MIDDLE = tuple(f"dualforce.{name}" for name in ("model", "diffusion", "losses", "data", "codecs"))
 BOTTOM = ("megatron_ext", "data_shards")
@@ -33,6 +34,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "dualforce.config": ("dualforce.types", "dualforce.config_errors"),
     "dualforce.config_file": ("dualforce.config",),
     "dualforce.presets": ("dualforce.types", "dualforce.config"),
+    "dualforce.reused": ("data_shards",),
     "dualforce.launch": (*BASE, "megatron_ext"),
     "dualforce.model": (*BASE, "megatron_ext"),
     "dualforce.diffusion": BASE,
