@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from data_shards.alike import check_clips_once, check_extractors_alike, check_identities_apart
+from data_shards.claim import MARK
 from data_shards.files import writing
 from data_shards.index import MAX_CLIPS
+from data_shards.manifest import room_of
 from data_shards.mentions import Names, tells, texts, without
 from data_shards.reader import ShardSet
 from data_shards.schema import SPLITS, ClipSample, ShardError, check_key, fail, licence_of
@@ -49,8 +51,8 @@ def merge(
 
     `prefix` puts the number of the set before every key: "2-KEY" for the second.
     Raises ShardError for `out` (check_out), a set given twice, extractors or frames that differ, a key in two sets, an
-    identity that would be in both splits, more clips than a set may have, and, with a prefix too, a clip that is in two
-    sets.
+    identity that would be in both splits, more clips or identities than a set may have, and, with a prefix too, a clip
+    that is in two sets.
     """
     if len(roots) < 2:
         raise ShardError(f"{len(roots)} shard sets to merge: expected at least 2")
@@ -64,6 +66,7 @@ def merge(
         _check_alike(sets[0], second)
     if (clips := sum(len(opened.clip_sums) for opened in sets)) > MAX_CLIPS:
         raise ShardError(f"{out}: {clips} clips in {len(sets)} sets: expected at most {MAX_CLIPS} in one")
+    room_of(identity for opened in sets for identity in _identities(opened)).check(len(sets), str(out))
     _check_keys(sets, prefix)
     check_identities_apart(sets)
     check_clips_once(sets)
@@ -135,6 +138,7 @@ def drop(
     _check_known("identity", identities, _identities(opened), root)
     _check_known("key", keys, [key for name in SPLITS for key in opened.split(name).keys], root)
     people, called = frozenset(identities), frozenset(keys)
+    _check_left(opened, people, called)
     gone, kept = _Told(), _Told()
     with _new_set(out, opened.manifest["extractors"]) as writer:
         for _, name, clip in _clips([opened], advance):
@@ -165,7 +169,7 @@ def check_out(root: Path, out: Path) -> None:
 
 def _exists(out: Path) -> ShardError:
     names = set(os.listdir(out)) if out.is_dir() else set()
-    left = bool(names) and names == {path.name for path in own_files(out)}
+    left = bool(names) and names == {MARK, *(path.name for path in own_files(out))}
     hint = " (it holds shards without a manifest, as a command that was killed leaves them: remove it)" if left else ""
     return ShardError(f"{out}: exists: expected a new folder{hint}")
 
@@ -247,6 +251,13 @@ def _check_keys(sets: Sequence[ShardSet], prefix: bool) -> None:
             elif key in used:
                 raise fail(str(opened.root), key, "key", key, f"one that {used[key]} does not use (or --prefix)")
             used[key] = opened.root
+
+
+def _check_left(opened: ShardSet, people: frozenset[str], called: frozenset[str]) -> None:
+    train = opened.split(SPLITS[0])
+    if all(key in called or train.identity(index) in people for index, key in enumerate(train.keys)):
+        told = f"none of {len(train)} train clips would be left"
+        raise ShardError(f"{opened.root}: {told}: expected at least 1 to train on")
 
 
 def _check_known(kind: str, names: Iterable[str], known: Sequence[str], root: Path) -> None:

@@ -82,6 +82,10 @@ class SetIndex:
         """Keys of the clips `start` to `stop` - 1."""
         return [key.decode("ascii") for key in _key_bytes(self.columns["keys"], self.key_ends, start, stop)]
 
+    def identity(self, clip: int) -> str:
+        """Identity of a clip."""
+        return self.identities[SPLITS[clip >= self.train]][self.columns["identity"].item(clip)]
+
     def place(self, clip: int) -> Place:
         """All that reading a clip needs."""
         number = bisect_right(self.first, clip) - 1
@@ -89,7 +93,7 @@ class SetIndex:
         return Place(
             tar=self.tars[number],
             key=self.key(clip),
-            identity=self.identities[SPLITS[clip >= self.train]][columns["identity"].item(clip)],
+            identity=self.identity(clip),
             start=self.starts.item(clip),
             record_bytes=columns["record_bytes"].item(clip),
             layout=self.layouts[columns["layout"].item(clip)],

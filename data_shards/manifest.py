@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from data_shards.files import MAX_JSON_BYTES, MAX_JSON_VALUES, Folder, count_values, encode_json, parse_json
 from data_shards.index import INDEX_NAME
@@ -16,6 +16,9 @@ from data_shards.schema import FPS, MAX_CLIP_BYTES, SHARD_VERSION, SPLITS, Shard
 MANIFEST_NAME = "manifest.json"
 NOT_LISTED = "rejected_not_listed"  # in `info`: how many rejections of each reason a manifest had no room for
 MAX_LAYOUTS = 64
+# Bytes and values of a manifest: kept for what is neither of an identity, nor of a tar, nor a rejection; of a tar, at
+# most; and of the numbers by reason that stand for rejections without room.
+RESERVE, _TAR, _SLACK = (2**21, 50_000), (344, 7), (2**14, 200)
 
 _TAR_NAME = re.compile(rf"({'|'.join(SPLITS)})-[0-9]{{6}}\.tar")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -89,17 +92,60 @@ def check_seal(source: Folder) -> None:
     check_sealed(source.document(MANIFEST_NAME), source.label(MANIFEST_NAME))
 
 
-def listed(rejected: Sequence[Mapping[str, Any]], origin: str) -> tuple[list[Mapping[str, Any]], dict[str, int]]:
-    """The entries of `rejected`, from the first on, that fit into a part of what a manifest may hold; and how many of
-    the others have which reason. A reader refuses a larger manifest."""
-    size = values = 0
+class Room(NamedTuple):
+    """What the identities of a set take of its manifest, of which a reader refuses a larger one."""
+
+    names: int = 0
+    size: int = 0  # bytes
+    values: int = 0
+
+    def plus(self, identity: str) -> Room:
+        """With one that was not there before."""
+        size, values = _cost(identity, identity, 4)
+        return Room(self.names + 1, self.size + size, self.values + values)
+
+    def check(self, tars: int, origin: str) -> None:
+        """ShardError, of one line that begins with `origin`, if a set of these identities and `tars` tars has no
+        room."""
+        size, values = self.size + tars * _TAR[0], self.values + tars * _TAR[1]
+        most = MAX_JSON_BYTES - RESERVE[0], MAX_JSON_VALUES - RESERVE[1]
+        if size > most[0] or values > most[1]:
+            raise ShardError(
+                f"{origin}: {self.names} identities in {tars} tars: {size} bytes with {values} values in the manifest: "
+                f"expected at most {most[0]} with {most[1]} in one set"
+            )
+
+
+def room_of(identities: Iterable[str]) -> Room:
+    """Of all these, each of which may come several times."""
+    room = Room()
+    for name in set(identities):
+        room = room.plus(name)
+    return room
+
+
+def listed(
+    rejected: Sequence[Mapping[str, Any]], rest: Mapping[str, Any], origin: str
+) -> tuple[list[Mapping[str, Any]], dict[str, int]]:
+    """The entries of `rejected`, from the first on, that fit into a part of what a manifest may hold beside its `rest`;
+    and how many of the others have which reason. A reader refuses a larger manifest."""
+    data = encode_json(rest, origin, indent=1)
+    # Not all that is left: sets made of this one have a little more to say.
+    size = min(MAX_JSON_BYTES // 3, MAX_JSON_BYTES - len(data) - _SLACK[0])
+    values = min(MAX_JSON_VALUES * 5 // 8, MAX_JSON_VALUES - count_values(data) - _SLACK[1])
     for number, entry in enumerate(rejected):
-        data = encode_json(entry, f"{origin}: rejected[{number}]")
-        size, values = size + len(data), values + count_values(data)
-        if size > MAX_JSON_BYTES // 4 or values > MAX_JSON_VALUES // 2:
+        more_size, more_values = _cost(entry, f"{origin}: rejected[{number}]", 2)
+        size, values = size - more_size, values - more_values
+        if size < 0 or values < 0:
             more = Counter(str(entry.get("reason")) for entry in rejected[number:])
             return list(rejected[:number]), dict(sorted(more.items()))
     return list(rejected), {}
+
+
+def _cost(value: Any, origin: str, depth: int) -> tuple[int, int]:
+    """Bytes and values, at most, of an item of a list that lies `depth` levels deep in a manifest."""
+    data = encode_json(value, origin, indent=1)
+    return len(data) + depth * data.count(b"\n") + 1, count_values(data) + 1
 
 
 def set_hash(manifest: Mapping[str, Any]) -> str:

@@ -148,6 +148,10 @@ class ShardReader:
         """Key of one clip, without those of the others."""
         return self._index.key(self._clips[index])
 
+    def identity(self, index: int) -> str:
+        """Identity of one clip."""
+        return self._index.identity(self._clips[index])
+
     @property
     def frames(self) -> int:
         """F, latent frames of every clip."""

@@ -149,7 +149,8 @@ def own_files(root: Path) -> list[Path]:
 
 
 def remove_own_files(root: Path) -> None:
-    """Remove the shards in `root`, finished and partial: of a build that wrote no manifest."""
+    """Remove the shards in `root`, finished and partial, whoever made them: for a caller who knows that none is of
+    others."""
     for path in own_files(root):
         path.unlink()
 

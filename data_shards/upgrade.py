@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from data_shards.claim import Claim, check_free
 from data_shards.files import PARTIAL, Folder, parse_json, publish, sync_folder, writing
 from data_shards.index import INDEX_NAME
 from data_shards.layout import Layout, header_text, parse_layout
@@ -28,7 +29,7 @@ from data_shards.moments import FlameMoments
 from data_shards.old_index import OldClip, check_bytes, old_clips, tensors_of_1, tensors_of_2
 from data_shards.reader import ShardSet
 from data_shards.schema import SHARD_VERSION, SPLITS, ShardError, fail, shown, tags_of
-from data_shards.shard import Written, publish_index, publish_shard, remove_own_files, without_rows, written
+from data_shards.shard import Written, publish_index, publish_shard, without_rows, written
 
 
 def upgrade(root: Path, out: Path) -> dict[str, Any]:
@@ -36,9 +37,9 @@ def upgrade(root: Path, out: Path) -> dict[str, Any]:
     of this version that has FLAME and, made before they were kept, no statistics of it, as one that has them.
 
     Returns the new manifest. `root` is only read. `out` gets its manifest last; when something fails, what was written
-    is removed, and what an upgrade that was killed has left there is removed at the start.
+    is removed, and what an upgrade that was killed has left there is removed at the start; other files never.
     Raises ShardError for damage of any kind, a set that has this version already or that no rule leads from, an `out`
-    that holds a set or lies inside `root`.
+    that holds a set or shards of others, or lies inside `root`.
     """
     source = Folder(root)
     version = _version_of(source)
@@ -48,14 +49,24 @@ def upgrade(root: Path, out: Path) -> dict[str, Any]:
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         try:
-            remove_own_files(out)
-            return _written(source, manifest, version, out)
+            return _claimed(source, manifest, version, out)
         except BaseException:
-            remove_own_files(out)
             if is_new:
                 with suppress(OSError):
                     out.rmdir()
             raise
+
+
+def _claimed(source: Folder, manifest: Mapping[str, Any], version: int, out: Path) -> dict[str, Any]:
+    claim = Claim(out)
+    try:
+        claim.add(*(name.removesuffix(".tar") for split in SPLITS for name in manifest["splits"][split]["shards"]))
+        new = _written(source, manifest, version, out)
+    except BaseException:
+        claim.clear()
+        raise
+    claim.release()
+    return new
 
 
 def _written(source: Folder, manifest: Mapping[str, Any], version: int, out: Path) -> dict[str, Any]:
@@ -81,8 +92,7 @@ def _version_of(source: Folder) -> int:
 
 
 def _check_out(root: Path, out: Path) -> None:
-    if (out / "manifest.json").exists():
-        raise ShardError(f"{out / 'manifest.json'}: a shard set exists here: expected a new or empty folder")
+    check_free(out)
     if out.resolve().is_relative_to(root.resolve()):
         raise ShardError(f"{out}: inside the shard set {root}: expected a folder outside it")
 

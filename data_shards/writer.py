@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from safetensors.torch import save as encode_tensors
 
+from data_shards.claim import Claim
 from data_shards.columns import size_of
 from data_shards.files import encode_json, parse_json, publish, sync_folder
 from data_shards.index import MAX_CLIPS, MAX_INDEX_BYTES, MAX_TARS, index_forms
 from data_shards.layout import Layout, header_text, parse_layout
-from data_shards.manifest import NOT_LISTED, listed, sealed
+from data_shards.manifest import NOT_LISTED, Room, listed, sealed
 from data_shards.moments import StreamMoments
 from data_shards.schema import (
     FPS,
@@ -36,26 +37,25 @@ from data_shards.schema import (
     tags_of,
     validate,
 )
-from data_shards.shard import Shard, publish_index, remove_own_files
+from data_shards.shard import Shard, publish_index
 
 
 class ShardSetWriter:
     """Writes one shard set into `root`, which must not hold one already.
 
     `extractors` is the table of README.md; `shard_bytes` is the size at which the next tar starts. Use it as a context
-    manager to have what was written removed when the block ends without `finish`. Shards that an interrupted build left
-    in `root` (no manifest beside them) are removed at the start.
-    Raises ShardError for a set that exists, a sample outside the contract, a key used twice, an identity in two splits,
-    or a clip whose length (or number of text tokens) differs from the first one's.
+    manager to have what was written removed when the block ends without `finish`. What a killed writer left in `root`
+    is removed at the start, other files never (`claim.Claim`).
+    Raises ShardError for a set or shards of others in `root`, a sample outside the contract, a key used twice, an
+    identity in two splits, or a clip whose length (or number of text tokens) differs from the first one's.
     """
 
     def __init__(self, root: Path, extractors: dict[str, dict[str, Any]], *, shard_bytes: int = 10**9) -> None:
         check_extractors(extractors, str(root))
         if shard_bytes < 1:
             raise ShardError(f"{root}: shard_bytes: {shard_bytes}: expected at least 1")
-        if (root / "manifest.json").exists():
-            raise ShardError(f"{root / 'manifest.json'}: a shard set exists here: expected a new or empty folder")
         root.mkdir(parents=True, exist_ok=True)
+        self._claim = Claim(root)
         self._root = root
         self._extractors = extractors
         self._shard_bytes = shard_bytes
@@ -63,6 +63,7 @@ class ShardSetWriter:
         self._shards: dict[str, list[Shard]] = {split: [] for split in SPLITS}
         self._layouts: dict[str, Layout] = {}
         self._key_bytes = 0
+        self._room = Room()
         self._files: dict[str, dict[str, Any]] = {}
         self._samples = dict.fromkeys(SPLITS, 0)
         self._split_of: dict[str, str] = {}
@@ -70,7 +71,6 @@ class ShardSetWriter:
         self._lengths: tuple[int, int | None] | None = None
         self._moments = StreamMoments()
         self._finished = False
-        remove_own_files(self._root)
 
     def __enter__(self) -> ShardSetWriter:
         return self
@@ -81,7 +81,7 @@ class ShardSetWriter:
         for shard in self._open.values():
             shard.abandon()
         if not self._finished:
-            remove_own_files(self._root)
+            self._claim.clear()
 
     def add(self, split: str, sample: ClipSample) -> None:
         """Append `sample` to `split` ("train" or "validation"); the train split also enters the statistics."""
@@ -102,12 +102,16 @@ class ShardSetWriter:
             self._close(split)
             shard = None
         if shard is None:
-            shard = Shard(self._root, f"{split}-{len(self._shards[split]):06d}")
+            stem = f"{split}-{len(self._shards[split]):06d}"
+            self._claim.add(stem)
+            shard = Shard(self._root, stem)
             self._open[split] = shard
             self._shards[split].append(shard)
         shard.add(sample.key, sample.identity, record, payload, self._layout(payload, sample.key))
         self._keys.add(sample.key)
         self._key_bytes += len(sample.key) + 1
+        if sample.identity not in self._split_of:
+            self._room = self._room.plus(sample.identity)
         self._split_of[sample.identity] = split
         self._samples[split] += 1
         if split == "train":
@@ -128,9 +132,6 @@ class ShardSetWriter:
         shards = {split: [shard.clips for shard in self._shards[split]] for split in SPLITS}
         identities = {split: splits[split]["identities"] for split in SPLITS}
         layouts, files = publish_index(self._root, shards, identities)
-        rejected, more = listed(rejected, str(self._root))
-        if more:
-            info = {**info, NOT_LISTED: dict(Counter(info.get(NOT_LISTED, {})) + Counter(more))}
         manifest = {
             "shard_version": SHARD_VERSION,
             "extractors": self._extractors,
@@ -141,13 +142,16 @@ class ShardSetWriter:
             "files": {**self._files, **files},
             "layouts": layouts,
             "statistics": self._moments.statistics(str(self._root)),
-            "rejected": rejected,
             "info": info,
         }
+        manifest["rejected"], more = listed(rejected, manifest, str(self._root))
+        if more:
+            manifest["info"] = {**info, NOT_LISTED: dict(Counter(info.get(NOT_LISTED, {})) + Counter(more))}
         document, data = sealed(manifest, str(self._root / "manifest.json"))
         publish(self._root / "manifest.json", data)
         sync_folder(self._root)
         self._finished = True
+        self._claim.release()
         return document
 
     def _check(self, split: str, sample: ClipSample) -> None:
@@ -157,7 +161,7 @@ class ShardSetWriter:
         if split not in SPLITS:
             raise fail(origin, sample.key, "split", split, " or ".join(SPLITS))
         validate(sample, origin, self._extractors)
-        self._check_room(sample.key)
+        self._check_room(sample)
         if sample.key in self._keys:
             raise fail(origin, sample.key, "key", sample.key, "a key that no other clip of the set has")
         other = self._split_of.get(sample.identity, split)
@@ -169,14 +173,17 @@ class ShardSetWriter:
             if value != expected:
                 raise fail(origin, sample.key, name, f"length {value}", f"{expected}, as in the set's first clip")
 
-    def _check_room(self, key: str) -> None:
-        """Readers refuse a larger index."""
+    def _check_room(self, sample: ClipSample) -> None:
+        """Readers refuse a larger index, or manifest."""
+        key = sample.key
         clips, tars = len(self._keys) + 1, sum(map(len, self._shards.values())) + 1
         size = size_of(index_forms(clips, self._key_bytes + len(key) + 1, tars))
         if clips > MAX_CLIPS or tars > MAX_TARS or size > MAX_INDEX_BYTES:
             value = f"{clips} clips in {tars} tars, {size} bytes"
             expected = f"at most {MAX_CLIPS}, {MAX_TARS} and {MAX_INDEX_BYTES}"
             raise fail(str(self._root), key, "index", value, expected)
+        if sample.identity not in self._split_of:
+            self._room.plus(sample.identity).check(tars, f"{self._root}: sample {key!r}")
 
     def _describe(self, split: str) -> dict[str, Any]:
         identities = sorted(name for name, where in self._split_of.items() if where == split)

@@ -136,7 +136,8 @@ class DataConfig(Section):
         default=None, description="folder of the shards' video VAE, to decode sample frames; null: none are shown"
     )
     frames: PositiveInt | list[PositiveInt] = Field(
-        default=9, description="latent frames of a training clip, 1 + k * frames_per_chunk; a list: for each set"
+        default=9,
+        description="latent frames of a training clip, 1 + k * frames_per_chunk with k >= 1; a list: for each set",
     )
     clips_per_step: int = Field(default=8, ge=1, description="clips of one optimizer step over all ranks")
     max_micro_batch: int = Field(default=8, ge=1, description="clips per forward on one data-parallel rank, at most")

@@ -30,7 +30,7 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         key, found, text = item.partition("=")
         if not found or not key:
             raise ConfigError(f"--set {_told(item)}: expected key=value, for example --set train.steps=10")
-        _assign(values, key.split("."), _parse_value(text), item)
+        _assign(values, key.split("."), _parse_value(text, key), item)
     told = " ".join(map(_told, overrides))
     return validate(RunConfig, values, f"{path} with --set {told}" if overrides else str(path))
 
@@ -38,26 +38,36 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; ConfigError names the file when it is missing or not one, or has a key twice."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_each_once)
+        values = decode_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}: not JSON, line {error.lineno} column {error.colno}: {error.msg}") from None
-    except _TwiceError as error:
-        raise ConfigError(f"{path}: key {error}: given twice: expected once") from None
-    except RecursionError:
-        raise ConfigError(f"{path}: not JSON that can be read: too many brackets in each other") from None
-    except ValueError as error:  # a number of more than 4300 digits
-        raise ConfigError(f"{path}: not JSON that can be read: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: {_why_not(error)}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a JSON object, found {type(values).__name__}")
     return values
 
 
+def decode_json(text: str) -> Any:
+    """What `json.loads` gives and raises; ValueError, too, for a key that an object has twice."""
+    return json.loads(text, object_pairs_hook=_each_once)
+
+
 class _TwiceError(ValueError):
     """A key of a JSON object that comes again."""
+
+
+def _why_not(error: ValueError | RecursionError) -> str:
+    """What is wrong with a text that has the form of JSON, for a message."""
+    if isinstance(error, _TwiceError):
+        return f"key {error}: given twice: expected once"
+    # A ValueError is a number of more than 4300 digits.
+    cause = "too many brackets in each other" if isinstance(error, RecursionError) else str(error)
+    return f"not JSON that can be read: {cause}"
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -120,11 +130,13 @@ def _told(item: str) -> str:
     return f"{re.split('=|://', item)[0]}=..." if "://" in item else item
 
 
-def _parse_value(text: str) -> Any:
+def _parse_value(text: str, key: str) -> Any:
     try:
-        return json.loads(text)
+        return decode_json(text)
     except json.JSONDecodeError:
         return text
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"--set {key}: {_why_not(error)}") from None
 
 
 def _assign(values: dict[str, Any], key: list[str], value: Any, item: str) -> None:

@@ -204,6 +204,21 @@ def test_a_key_that_comes_twice_is_refused(tmp_path: Path) -> None:
     assert read_json(tmp_path / "twice.json") == {"a": {"b": 1}, "b": [{"a": 2}, {"a": 3}]}
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('data={"frames": 5, "frames": 9}', "--set data: key frames: given twice: expected once"),
+        ("train.steps=" + "9" * 5000, "--set train.steps: not JSON that can be read: .*4300 digits"),
+        ("train.steps=" + "[" * 100_000, "--set train.steps: not JSON that can be read: too many brackets"),
+    ],
+)
+def test_a_value_on_the_command_line_is_read_as_a_file_is(tmp_path: Path, text: str, expected: str) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(ConfigError, match=expected) as caught:
+        load_run(tmp_path / "run.json", [text])
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 250
+
+
 def test_brackets_without_end_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "deep.json").write_text('{"a": ' + "[" * 200_000)
     with pytest.raises(ConfigError, match=r"deep\.json: not JSON that can be read: too many brackets in each other"):

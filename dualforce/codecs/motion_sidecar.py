@@ -6,7 +6,6 @@ JSON with at least `format`, `version` and `motion`.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dualforce.config import ConfigError
+from dualforce.config_file import decode_json, read_json
 from dualforce.types import FPS
 
 FORMAT = "dualforce-sidecar"
@@ -64,9 +65,9 @@ def find_sidecar(video: Path) -> Path | None:
     except OSError:
         return path  # for `read_sidecar` to say so: passed over, it would have motion mean something else
     try:
-        head = json.loads(text)
+        head = decode_json(text)
     except (ValueError, RecursionError):
-        return path if f'"{FORMAT}"' in text else None  # one that was cut short, too
+        return path if f'"{FORMAT}"' in text else None  # one that was cut short, or has a key twice, too
     return path if isinstance(head, dict) and head.get("format") == FORMAT else None
 
 
@@ -99,12 +100,11 @@ def read_sidecar(path: Path) -> Sidecar:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise SidecarError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        found = data.get("format") if isinstance(data, dict) else data
-        raise SidecarError(f"{path}: format: {str(found)[:40]!r}: expected {FORMAT!r}")
+        data = read_json(path)
+    except ConfigError as error:
+        raise SidecarError(str(error)) from None
+    if data.get("format") != FORMAT:
+        raise SidecarError(f"{path}: format: {str(data.get('format'))[:40]!r}: expected {FORMAT!r}")
     if data.get("version") != VERSION:
         raise SidecarError(f"{path}: version: {data.get('version')!r}: expected {VERSION}")
     if data.get("fps", FPS) != FPS:

@@ -48,11 +48,12 @@ class Buckets:
     def statistics(self) -> dict[str, Any]:
         """Mean and deviation per channel over the train splits of all sets together, of a manifest's form.
 
-        Raises ShardError that names the set for one whose FLAME has no statistics, or no number of slots.
+        Raises ShardError that names the set for one whose statistics are not of the widths of its extractors, or whose
+        FLAME has no statistics, or no number of slots.
         """
         for opened in self.sets:
             origin, extractors = opened.source.label(MANIFEST_NAME), opened.manifest["extractors"]
-            StreamStatistics.from_manifest(opened.manifest, origin).check_flame(extractors, origin)
+            StreamStatistics.from_manifest(opened.manifest, origin).check_widths(extractors, origin)
         return pooled_statistics([(opened.manifest["statistics"], _weights(opened)) for opened in self.sets])
 
     def geometry(self) -> dict[str, Any]:

@@ -19,6 +19,9 @@ from dualforce.reused import empty
 ABSOLUTE_FLOOR = 1e-3
 RELATIVE_FLOOR = 1e-2
 _STREAMS = ("video", "struct", "audio", "flame")
+# Stream, its entry in a table of extractors, and the key of the width there.
+_WIDTHS = (("video", "video", "channels"), ("struct", "motion", "width"), ("audio", "audio", "width"),
+           ("flame", "flame", "width"))  # fmt: skip
 _UPGRADE = " (a set made before they were kept gets them from: dualforce data upgrade OLD NEW)"
 
 
@@ -39,7 +42,7 @@ class StreamStatistics:
     def from_manifest(cls, manifest: Mapping[str, Any], origin: str = "manifest.json") -> StreamStatistics:
         """From a shard manifest, or from any JSON object that has a `statistics` section or is one (`to_dict`).
 
-        Those of FLAME may be absent, also where there is FLAME: only training needs them (`check_flame`).
+        Those of FLAME may be absent, also where there is FLAME: only training needs them (`check_widths`).
         Raises ShardError naming `origin` and the key for an absent or wrong entry.
         """
         values = manifest.get("statistics", manifest)
@@ -125,16 +128,18 @@ class StreamStatistics:
             raise ShardError(f"statistics.flame: absent: expected those of the clips' FLAME{_UPGRADE}")
         return (x.float() - mean.to(x.device)) / std.to(x.device)
 
-    def check_flame(self, extractors: Mapping[str, Any], origin: str = "manifest.json") -> None:
-        """Raise ShardError naming `origin` unless there are statistics of FLAME, of its width, where `extractors` has
-        FLAME."""
-        if "flame" not in extractors:
-            return
-        width = extractors["flame"]["width"]
-        if self.flame_mean is None:
-            raise ShardError(f"{origin}: statistics.flame: absent: expected those of the clips' FLAME{_UPGRADE}")
-        if len(self.flame_mean) != width:
-            raise ShardError(f"{origin}: statistics.flame: {len(self.flame_mean)} channels: expected {width}")
+    def check_widths(self, extractors: Mapping[str, Any], origin: str = "manifest.json") -> None:
+        """Raise ShardError naming `origin` unless there are statistics of every stream of `extractors` that is
+        normalised, of its width."""
+        for stream, entry, width in _WIDTHS:
+            if entry not in extractors:
+                continue
+            mean: Tensor | None = getattr(self, f"{stream}_mean")
+            if mean is None:
+                raise ShardError(f"{origin}: statistics.{stream}: absent: expected those of the clips' FLAME{_UPGRADE}")
+            if mean.shape[-1] != extractors[entry][width]:
+                expected = f"{extractors[entry][width]}, as extractors has it"
+                raise ShardError(f"{origin}: statistics.{stream}: {mean.shape[-1]} channels: expected {expected}")
 
     def _video_rows(self, x: Tensor, first_frame: int) -> tuple[Tensor, Tensor]:
         """Mean and deviation of every frame of `x`, each [F,C,1,1] on x's device."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from data_shards.manifest import room_of
 from dualforce.codecs.protocols import VIDEO_STRIDE
 from dualforce.codecs.registry import (
     audio_encoder_in,
@@ -25,7 +26,7 @@ from dualforce.preprocess.devices import kind_of_devices
 from dualforce.preprocess.files import key_of, name_of
 from dualforce.preprocess.identities import read_identities
 from dualforce.preprocess.job import Job, rejection
-from dualforce.preprocess.motion_source import extractor_entry, find_motion
+from dualforce.preprocess.motion_source import MotionSource, extractor_entry, find_motion
 from dualforce.preprocess.options import BuildOptions
 from dualforce.preprocess.progress import BuildProgress
 from dualforce.preprocess.reasons import Reason
@@ -47,11 +48,14 @@ class Plan:
 
 
 def make_plan(src: Path, videos: list[Path], options: BuildOptions, work: Work, progress: BuildProgress) -> Plan:
-    """Decide where motion comes from, and refuse files whose content an earlier file has."""
+    """Decide where motion comes from, and refuse files whose content an earlier file has.
+
+    Raises ShardError, before a video is read, for videos of more people than a set may have.
+    """
     motion = find_motion(src, videos, options)
     flame_entry = None if options.flame_encoder is None else extractor_entry(flame_encoder(options.flame_encoder))
     faces = _detector_tag(options.face_detector, options.devices[0])
-    named = options.identities and read_identities(options.identities, [name_of(video, src) for video in videos])
+    people = _people(src, videos, options, motion)
     text, captions = _captions(src, videos, options, work, progress)
     jobs: list[Job] = []
     rejected: list[dict[str, Any]] = list(motion.broken.values())
@@ -70,7 +74,7 @@ def make_plan(src: Path, videos: list[Path], options: BuildOptions, work: Work, 
                 video=video,
                 source=source,
                 key=key_of(video, sha256),
-                identity=named[source] if named else motion.identities.get(video, str(Path(source).with_suffix(""))),
+                identity=people[video],
                 sha256=sha256,
                 bytes=video.stat().st_size,
                 size=options.size,
@@ -90,6 +94,17 @@ def make_plan(src: Path, videos: list[Path], options: BuildOptions, work: Work, 
             )
         )
     return Plan(jobs, motion.entry, flame_entry, text, rejected, faces, any(motion.sidecars.values()))
+
+
+def _people(src: Path, videos: list[Path], options: BuildOptions, motion: MotionSource) -> dict[Path, str]:
+    """Who is in each video that has no broken sidecar."""
+    named = options.identities and read_identities(options.identities, [name_of(video, src) for video in videos])
+    found = {}
+    for video in (video for video in videos if video not in motion.broken):
+        source = name_of(video, src)
+        found[video] = named[source] if named else motion.identities.get(video, str(Path(source).with_suffix("")))
+    room_of(found.values()).check(1, str(src))
+    return found
 
 
 def _captions(

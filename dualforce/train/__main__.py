@@ -163,7 +163,7 @@ def _prepare(run: RunConfig, out: Path, resume: bool) -> tuple[Job, int]:
     else:
         values = buckets.statistics()
     statistics = StreamStatistics.from_manifest(values)
-    statistics.check_flame(buckets.extractors, str(out / "config.json"))
+    statistics.check_widths(buckets.extractors, str(out / "config.json"))
     grid = launch.start(run.parallel.sequence, run.train.seed)
     content = config_content(run, model, buckets, values)
     job, start = prepare_job(run, model, buckets, statistics, grid, out, resume, content)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
+from data_shards.schema import PIXELS_PER_LATENT, shown
 from dualforce import launch
 from dualforce.codecs.protocols import VideoCodec
 from dualforce.config import ConfigError, ModelConfig, RunConfig
@@ -76,11 +77,18 @@ def _check_bucket(model: ModelConfig, name: str, frames: int, manifest: Mapping[
     for side in ("height", "width"):
         if video[side] % model.video.patch:
             raise ConfigError(f"{name}: latent {side} {video[side]}; expected a multiple of {model.video.patch}")
-    if (frames - 1) % model.frames_per_chunk:
-        raise ConfigError(
-            f"data.frames = {frames}: expected 1 + k * {model.frames_per_chunk} (whole chunks), for example "
-            f"{1 + (frames - 1) // model.frames_per_chunk * model.frames_per_chunk}"
-        )
+    if (size := manifest.get("pixel_size")) != PIXELS_PER_LATENT * video["height"]:
+        expected = f"{PIXELS_PER_LATENT * video['height']}, {PIXELS_PER_LATENT} times the latent height"
+        raise ConfigError(f"{name}: pixel_size {shown(size)}; expected {expected}")
+    text = manifest["extractors"].get("text")
+    if text is not None and text["width"] != model.video.text_dim:
+        expected = f"{model.video.text_dim}, that of the preset {model.preset}"
+        raise ConfigError(f"{name}: text has width {text['width']}; expected {expected}")
+    chunk = model.frames_per_chunk
+    if frames == 1 or (frames - 1) % chunk:
+        expected = f"1 + k * {chunk} (frame 0, which validation does not count, and at least one whole chunk)"
+        example = 1 + max(1, (frames - 1) // chunk) * chunk
+        raise ConfigError(f"data.frames = {frames}: expected {expected}, for example {example}")
     if frames > manifest["frames"]:
         raise ConfigError(f"data.frames = {frames}: the clips in {name} have {manifest['frames']} latent frames")
 

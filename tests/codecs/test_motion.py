@@ -104,13 +104,24 @@ def test_a_sidecar_that_was_cut_short_is_refused_and_not_passed_over(
     for number, text in enumerate((whole[:-9], '{"format": "dualforce-sidecar", "x": ' + "[" * 100_000)):
         path = write(tmp_path / f"{number}.json", text)
         assert find_sidecar(path.with_suffix(".mp4")) == path
-        with pytest.raises(SidecarError, match=rf"{number}\.json: cannot be read as JSON"):
+        with pytest.raises(SidecarError, match=rf"{number}\.json: not JSON"):
             read_sidecar(path)
     good = write(tmp_path / "good.json", whole)
     monkeypatch.setattr(Path, "read_text", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "denied")))
     assert find_sidecar(good.with_suffix(".mp4")) == good
-    with pytest.raises(SidecarError, match=r"good\.json: cannot be read as JSON: .*denied"):
+    with pytest.raises(SidecarError, match=r"good\.json: cannot be read \(.*denied"):
         read_sidecar(good)
+
+
+def test_a_key_that_a_sidecar_has_twice_is_refused_and_not_passed_over(tmp_path: Path) -> None:
+    """Also where the last of two formats is none of ours."""
+    whole = json.dumps(sidecar_json(3))
+    for number, (more, key) in enumerate((('"fps": 25', "fps"), ('"format": "other"', "format"))):
+        path = write(tmp_path / f"{number}.json", f"{whole[:-1]}, {more}}}")
+        assert find_sidecar(path.with_suffix(".mp4")) == path
+        for read in (read_sidecar, read_motion):
+            with pytest.raises(SidecarError, match=rf"{number}\.json: key {key}: given twice: expected once"):
+                read(path)
 
 
 def motion_with(**changes: Any) -> dict[str, Any]:

@@ -99,6 +99,26 @@ def test_wrong_sections(statistics: StreamStatistics, stream: str, kind: str, va
     assert str(caught.value).startswith("model/config.json: ")
 
 
+@pytest.mark.parametrize(
+    ("stream", "values", "named"),
+    [
+        ("video", [[0.5] * 8] * 2, "statistics.video: 8 channels: expected 16"),
+        ("struct", [0.5], "statistics.struct: 1 channels: expected 8"),
+        ("audio", [0.5] * 13, "statistics.audio: 13 channels: expected 12"),
+        ("flame", [0.5], "statistics.flame: 1 channels: expected 56"),
+    ],
+)
+def test_statistics_of_another_width_than_the_clips(
+    with_flame: ShardSet, stream: str, values: list[Any], named: str
+) -> None:
+    """One of width 1 would go with any clip, and train another model."""
+    manifest = {**with_flame.manifest, "statistics": dict(with_flame.manifest["statistics"])}
+    StreamStatistics.from_manifest(manifest).check_widths(manifest["extractors"])
+    manifest["statistics"][stream] = {"mean": values, "std": values}
+    with pytest.raises(ShardError, match=f"^here: {named}, as extractors has it$"):
+        StreamStatistics.from_manifest(manifest).check_widths(manifest["extractors"], "here")
+
+
 def test_wrong_video_shape(statistics: StreamStatistics) -> None:
     with pytest.raises(ValueError, match=r"expected \[..,F,16,H,W\]"):
         statistics.normalise_video(torch.zeros(16, 5, 4, 4))
@@ -134,16 +154,13 @@ def test_flame_has_the_floor_of_other_streams(with_flame: ShardSet) -> None:
 
 def test_flame_without_statistics_is_read_but_not_trained_on(with_flame: ShardSet) -> None:
     manifest = {**with_flame.manifest, "statistics": dict(with_flame.manifest["statistics"])}
-    StreamStatistics.from_manifest(manifest).check_flame(manifest["extractors"])
-    manifest["statistics"]["flame"] = {"mean": [0.0], "std": [1.0]}
-    with pytest.raises(ShardError, match=r"^here: statistics.flame: 1 channels: expected 56$"):
-        StreamStatistics.from_manifest(manifest).check_flame(manifest["extractors"], "here")
     del manifest["statistics"]["flame"]
     statistics = StreamStatistics.from_manifest(manifest)
     assert statistics.flame_mean is None and "flame" not in statistics.to_dict()
     with pytest.raises(ShardError, match=r"^here: statistics.flame: absent: .*dualforce data upgrade OLD NEW\)$"):
-        statistics.check_flame(manifest["extractors"], "here")
-    statistics.check_flame({"video": {}}, "here")
+        statistics.check_widths(manifest["extractors"], "here")
+    without = {stream: entry for stream, entry in manifest["extractors"].items() if stream != "flame"}
+    statistics.check_widths(without, "here")
 
 
 @pytest.mark.parametrize("entry", [3, {"mean": [0.0]}, {"mean": [0.0], "std": [-1.0]}, {"mean": [0.0], "std": [1, 2]}])

@@ -69,6 +69,9 @@ def test_what_a_killed_command_leaves_is_told_apart(tmp_path: Path) -> None:
     root, out = write_people(tmp_path / "set"), tmp_path / "out"
     out.mkdir()
     (out / "train-000000.tar.partial").touch()
+    with pytest.raises(ShardError, match=r"expected a new folder$"):
+        split(root, out, validation=0.5)
+    (out / ".building").touch()
     with pytest.raises(ShardError, match=r"exists: .* as a command that was killed leaves them: remove it"):
         split(root, out, validation=0.5)
     (out / "notes.txt").touch()

@@ -148,6 +148,7 @@ def test_a_killed_upgrade_is_no_set_and_can_be_repeated(
     for name in ("train-000000.tar.partial", "train-000000.index.json", "train-000000.sums.safetensors",
                  "index.safetensors.partial", "manifest.json.partial"):  # fmt: skip
         (out / name).write_text("left by a killed process")
+    (out / ".building").write_text("index\nmanifest\ntrain-000000\n")
     published = data_shards.upgrade.publish_shard
 
     def stop(root: Path, tar_name: str, clips: Any, digest: str) -> Any:

@@ -313,7 +313,7 @@ BAD: dict[str, tuple[Callable[[Path, Path], dict[str, Any]], str]] = {
     "motion-names": (bad_motion_names, "motion.names = ['a', 'b', 'c', 'd']: expected ['pitch', 'yaw',"),
     "motion-rows": (short_motion, "24 rows: expected 1 (motion of frame 0), or at least 25"),
     "no-motion": (option(motion=None), "motion 'rendered-head-v1': no encoder computes it from pictures"),
-    "absent-motion": (absent("motion", "x.json"), "x.json: cannot be read as JSON"),
+    "absent-motion": (absent("motion", "x.json"), "x.json: no such file"),
     "text-width": (narrow_text, "text of shape [2, 3]: expected finite [E,64]"),
     "text-name": (text_of_another_name, "tensors ['words']: expected one called 'text'"),
     "absent-text": (absent("text_embedding", "x.safetensors"), "--text-embedding"),

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers.clips import sidecar_json, textured, tone, write_sidecar
 
+from data_shards import manifest
 from data_shards.reader import ShardSet
+from data_shards.schema import ShardError
 from dualforce.codecs.media import write_video
 from dualforce.preprocess.build import BuildOptions, build_shards
 from dualforce.preprocess.errors import BuildError
@@ -35,6 +38,22 @@ def test_shards_of_others_are_not_removed(src: Path, tmp_path: Path) -> None:
     with pytest.raises(BuildError, match=r"index\.safetensors: exists, .*: expected a new or empty folder"):
         build_shards(src, out, OPTIONS)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_more_people_than_a_set_may_have_are_refused_before_a_video_is_read(
+    src: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(src, tmp_path / "clips")
+    for number in range(3):
+        shutil.copy(src / "a.mp4", tmp_path / "clips" / f"{number}.mp4")
+        write_sidecar(tmp_path / "clips" / f"{number}.mp4", sidecar_json(82, identity=f"p{number}"))
+    (tmp_path / "who.json").write_text('{"a": "a", "0": "p0", "1": "p1", "2": "a"}')
+    monkeypatch.setattr(manifest, "MAX_JSON_VALUES", manifest.RESERVE[1] + 2 + 7)
+    monkeypatch.setattr("dualforce.preprocess.plan.hash_file", lambda path: pytest.fail("a video was read"))
+    for identities, people in ((None, 4), (tmp_path / "who.json", 3)):
+        with pytest.raises(ShardError, match=rf"clips: {people} identities in 1 tars: .*: expected at most"):
+            build_shards(tmp_path / "clips", tmp_path / "out", BuildOptions(size=64, identities=identities))
+    assert not list(tmp_path.glob("out/**/*.tar"))
 
 
 def test_a_file_is_one_line(src: Path, tmp_path: Path) -> None:

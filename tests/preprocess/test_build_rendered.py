@@ -245,6 +245,7 @@ def test_identities_of_a_file_keep_videos_of_one_person_in_one_split(tmp_path: P
     [
         ("[", "not JSON, line 1"),
         ("[]", "expected a JSON object, found list"),
+        ('{"a": "x", "b": "y", "sub/c": "y", "a": "z"}', "key a: given twice: expected once"),
         ('{"a": "x"}', "'b' and 1 more are missing: expected an entry for each video"),
         ('{"a": "x", "b": 3, "sub/c": "y"}', "'b': 3: expected a name of the person"),
     ],

@@ -160,6 +160,7 @@ def test_file_of_limits(tmp_path: Path) -> None:
         ('{"seconds": null}', "seconds: 'None': expected a number"),
         ('{"face_rate": ' + "9" * 400 + "}", "face_rate: '9999"),
         ('{"judge_rendered": 1}', "judge_rendered: '1': expected true or false"),
+        ('{"yaw_degrees": 9, "yaw_degrees": 8}', "key yaw_degrees: given twice: expected once"),
         ("[]", "expected a JSON object, found list"),
         ("{", "not JSON, line 1"),
     ],

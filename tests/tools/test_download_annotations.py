@@ -299,8 +299,8 @@ def test_vfhq_frame_rates_as_doubles_are_printed(tmp_path: Path, rate: str) -> N
         (f"Clip+{A}+P0+C0+F1-200", "H 720\nW 1280\nFPS 25\n", 0, "a line CROP"),
         (f"Clip+{A}+P0+C0+F1-200", "H 720\nW 1280\nFPS 25\nCROP 1 2 3", 4, "4 numbers"),
         (f"Clip+{A}+P0+C0+F1-200", "H 720\nW x\nFPS 25\nCROP 1 2 3 4", 2, "1 number "),
-        (f"Clip+{A}+P0+C0+F1-200", "H 720\nW 1280\nFPS 0\nCROP 1 2 3 4", 3, "more than 0"),
-        (f"Clip+{A}+P0+C0+F1-200", "H 7.5\nW 1280\nFPS 25\nCROP 1 2 3 4", 1, "more than 0"),
+        (f"Clip+{A}+P0+C0+F1-200", "H 720\nW 1280\nFPS 0\nCROP 1 2 3 4", 3, "a number from 1 to 1000"),
+        (f"Clip+{A}+P0+C0+F1-200", "H 7.5\nW 1280\nFPS 25\nCROP 1 2 3 4", 1, "a whole number from 1 to 20000"),
         (f"Clip+{A}+P0+C0+F1-200", "\nH 720\nW 1280\nFPS 25\nCROP 3 2 1 4", 5, "x0 < x1"),
     ],
 )

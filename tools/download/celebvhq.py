@@ -35,8 +35,9 @@ def read(path: Path) -> Annotations:
             found.add(clip_of(key, entry), file.name, line)
         except FieldError as error:
             found.problem("malformed", file.name, line, key, str(error))
-    videos = {entry.get("ytb_id") for entry in clips.values() if isinstance(entry, dict)}
-    return found.result(SOURCE, LICENCE, {"clips": len(clips), "videos": sum(isinstance(v, str) for v in videos)})
+    ids = (entry.get("ytb_id") for entry in clips.values() if isinstance(entry, dict))
+    videos = {video for video in ids if isinstance(video, str)}
+    return found.result(SOURCE, LICENCE, {"clips": len(clips), "videos": len(videos)})
 
 
 def _entries(file: Path, text: str, lines: Mapping[str, int], found: Collector) -> Mapping[str, Any]:

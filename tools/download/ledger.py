@@ -1,4 +1,5 @@
-"""The memory of a download folder: one JSON line per event of a clip, only ever appended; the last line counts.
+"""The memory of a download folder: one JSON line per event of a clip, only ever appended; the last line of a state
+counts. A line "aside" is a notice: where the file lies that was in the place of the clip.
 
 A line is complete or absent: each is one write, followed by fsync; a torn end (the machine lost power) is cut off at
 the next start. One process at a time holds the folder.
@@ -21,6 +22,7 @@ from tools.download.reasons import Reason
 LEDGER = "ledger.jsonl"
 LOCK = ".lock"
 STATES = ("got", "gone", "failed")
+NOTICE = "aside"
 
 
 class LedgerError(ValueError):
@@ -35,18 +37,26 @@ class Ledger:
         self.path, self.source = folder / LEDGER, source
         self._lock = threading.Lock()
         self._latest: dict[str, dict[str, Any]] = {}
+        self._last: dict[tuple[str, str], dict[str, Any]] = {}  # by clip and state
         self._cut_torn_end()
         if self.path.exists():
             for number, line in enumerate(self.path.read_bytes().split(b"\n")[:-1], 1):
-                entry = self._checked(line, number)
-                self._latest[entry["clip"]] = entry
+                self._take(self._checked(line, number))
 
     def latest(self, clip: str) -> dict[str, Any] | None:
-        """The last entry of a clip."""
+        """The last entry of a clip's state."""
         return self._latest.get(clip)
 
+    def got(self, clip: str) -> dict[str, Any] | None:
+        """The last entry of a file that a clip had."""
+        return self._last.get((clip, "got"))
+
+    def notice(self, clip: str) -> dict[str, Any] | None:
+        """The last notice of a clip; its `file` is a path below the folder."""
+        return self._last.get((clip, NOTICE))
+
     def entries(self) -> list[dict[str, Any]]:
-        """The last entry of every clip."""
+        """The last entry of every clip's state."""
         return list(self._latest.values())
 
     def add(self, clip: str, state: str, **values: Any) -> None:
@@ -56,7 +66,12 @@ class Ledger:
         data = json.dumps(entry).encode() + b"\n"
         with self._lock:
             self._append(data)
-            self._latest[clip] = entry
+            self._take(entry)
+
+    def _take(self, entry: dict[str, Any]) -> None:
+        self._last[entry["clip"], entry["state"]] = entry
+        if entry["state"] != NOTICE:
+            self._latest[entry["clip"]] = entry
 
     def _append(self, data: bytes) -> None:
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -86,7 +101,8 @@ class Ledger:
             entry = None
         if not _complete(entry):
             raise LedgerError(
-                f"{self.path}:{number}: expected a JSON object with clip, state ({', '.join(STATES)}), date and reason"
+                f"{self.path}:{number}: expected a JSON object with clip, state ({', '.join((*STATES, NOTICE))}), date "
+                "and reason"
             )
         if entry.get("source") != self.source:
             raise LedgerError(
@@ -99,6 +115,8 @@ class Ledger:
 def _complete(entry: Any) -> bool:
     if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("clip", "date")):
         return False
+    if entry.get("state") == NOTICE:
+        return isinstance(entry.get("file"), str)
     return entry.get("state") == "got" or (entry.get("state") in STATES and entry.get("reason") in list(Reason))
 
 

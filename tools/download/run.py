@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import tempfile
@@ -17,11 +16,11 @@ from typing import Any
 
 from tools.download.cut import Span, cut
 from tools.download.ledger import Ledger, held
+from tools.download.place import CLIPS, entry_of, file_of, put_aside
 from tools.download.reasons import GONE, PASSING, SLOW_DOWN, ClipFailure, Reason
 from tools.download.records import Annotations, Clip
 from tools.download.ytdlp import Fetcher, Request
 
-CLIPS = "clips"
 SCRATCH = ".scratch-"
 MARGIN = Fraction(1)  # seconds fetched on either side of a clip, so that the exact cut is made here
 MAX_WAIT = 900.0  # seconds
@@ -75,10 +74,12 @@ class Outcome:
 
 @dataclass
 class Report:
-    """The outcome of every annotated clip by name. `interrupted`: the run was stopped by hand."""
+    """The outcome of every annotated clip by name; `aside`: where the file of another annotation lies that one of them
+    has, below the folder. `interrupted`: the run was stopped by hand."""
 
     annotations: Annotations
     outcomes: dict[str, Outcome] = field(default_factory=dict)
+    aside: dict[str, str] = field(default_factory=dict)
     interrupted: bool = False
 
 
@@ -112,6 +113,8 @@ def _plan(annotations: Annotations, out: Path, ledger: Ledger, options: Options,
     todo: list[Clip] = []
     for clip in annotations.clips:
         known = _known(clip, out, ledger, options)
+        if (known is None or known.state != "there") and (aside := put_aside(out, clip, ledger)):
+            report.aside[clip.name] = aside
         report.outcomes[clip.name] = known or Outcome("untried")
         if known is None and (options.limit is None or len(todo) < options.limit):
             todo.append(clip)
@@ -119,14 +122,10 @@ def _plan(annotations: Annotations, out: Path, ledger: Ledger, options: Options,
 
 
 def _known(clip: Clip, out: Path, ledger: Ledger, options: Options) -> Outcome | None:
+    if (there := entry_of(out, clip, ledger)) is not None:
+        return Outcome("there", seconds=float(there.get("seconds", 0)))
     entry = ledger.latest(clip.name)
-    if entry is None:
-        return None
-    if entry["state"] == "got" and entry.get("cut") == clip.cut:
-        with contextlib.suppress(FileNotFoundError):
-            if file_of(out, clip).stat().st_size == entry.get("bytes"):
-                return Outcome("there", seconds=float(entry.get("seconds", 0)))
-    if entry["state"] == "gone" and entry.get("video") == clip.video and not options.retry_gone:
+    if entry is not None and entry["state"] == "gone" and entry.get("video") == clip.video and not options.retry_gone:
         return Outcome("gone", Reason(entry["reason"]), f"{entry.get('message', '')} ({entry['date'][:10]})")
     return None
 
@@ -142,11 +141,6 @@ def units(clips: list[Clip], whole: bool) -> list[Unit]:
     for clip in clips:
         groups.setdefault((clip.video, clip.height), []).append(clip)
     return [Unit(video, height, None, tuple(group)) for (video, height), group in groups.items()]
-
-
-def file_of(out: Path, clip: Clip) -> Path:
-    """Where a clip lies once it is complete. Its name was checked when it was read."""
-    return out / CLIPS / f"{clip.name}.mp4"
 
 
 class Pacer:

@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from tools.download.ledger import LEDGER
+from tools.download.place import ASIDE
 from tools.download.run import Report
 
 REPORT, IDENTITIES = "report.json", "identities.json"
@@ -49,6 +51,11 @@ def show(report: Report, out: Path, console: Console) -> None:
         console.print(
             f"... and {len(problems) - SHOWN} more problems of the annotations in {out / REPORT}", markup=False
         )
+    if report.aside:
+        kept = f"{len(report.aside)} clips" if len(report.aside) > 1 else "1 clip"
+        names = ", ".join(list(report.aside)[:SHOWN])
+        text = f"{kept} of another annotation, or damaged, put aside in {out / ASIDE} (see {LEDGER}): {names!a}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
     table = Table(title=report.annotations.source, title_justify="left")
     for title in ("clips", "reason"):
         table.add_column(title)
@@ -76,7 +83,13 @@ def write(report: Report, out: Path) -> None:
             for words, reason, count, hours in rows(report)
         ],
         "missing": [
-            {"clip": name, "state": outcome.state, "reason": outcome.reason, "message": outcome.message}
+            {
+                "clip": name,
+                "state": outcome.state,
+                "reason": outcome.reason,
+                "message": outcome.message,
+                "aside": report.aside.get(name),
+            }
             for name, outcome in report.outcomes.items()
             if outcome.state not in ("got", "there")
         ],

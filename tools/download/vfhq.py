@@ -14,7 +14,7 @@ NAME_FORM = "expected a file name Clip+<id>+P<person>+C<clip>+F<first>-<last>.tx
 FIELD = re.compile(r"(H|W|FPS|CROP)\b(.*)")
 VALUES = {"H": 1, "W": 1, "FPS": 1, "CROP": 4}
 SHORTEST = 4  # seconds
-MAX_SIDE, MAX_FPS = 20_000, 1_000
+MAX_SIDE, MAX_FPS = 20_000, 1_000  # both from 1 on: a lower rate gives times that no reader of videos takes
 
 
 class FileError(ValueError):
@@ -84,8 +84,9 @@ def fields_of(file: Path) -> dict[str, list[Fraction]]:
 def _check(fields: dict[str, list[Fraction]], lines: dict[str, int]) -> None:
     for key, highest in (("H", MAX_SIDE), ("W", MAX_SIDE), ("FPS", MAX_FPS)):
         value = fields[key][0]
-        if not 0 < value <= highest or (key != "FPS" and value.denominator != 1):
-            raise FileError(lines[key], f"{key} {float(value):g}", f"expected more than 0 and at most {highest}")
+        if not 1 <= value <= highest or (key != "FPS" and value.denominator != 1):
+            kind = "a number" if key == "FPS" else "a whole number"
+            raise FileError(lines[key], f"{key} {float(value):g}", f"expected {kind} from 1 to {highest}")
     x0, y0, x1, y1 = fields["CROP"]
     if x0 >= x1 or y0 >= y1:
         shown = " ".join(f"{float(value):g}" for value in fields["CROP"])
