@@ -111,7 +111,7 @@ def test_a_stopped_command_goes_on(sample_dir: Path, tmp_path: Path, how: signal
     """The whole command with its real workers: Ctrl-C is one line, SIGKILL none; no process is left, and the next
     start does what is left."""
     src, out = take(sample_dir, tmp_path / "src", 20), tmp_path / "out"  # some seconds of work after the first
-    command = [sys.executable, "-m", "dualforce.cli", "data", "build", str(src), "--out", str(out), "--size", "128"]
+    command = [sys.executable, "-m", "dualforce", "data", "build", str(src), "--out", str(out), "--size", "128"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     # Tests may run in the background, where shells have Ctrl-C ignored, and a process hands that on.
     asked = signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -43,6 +43,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "dualforce.codecs": BASE,
     **dict.fromkeys(TOP, (*BASE, *MIDDLE, *BOTTOM, "dualforce.launch", "dualforce")),
     "dualforce.data_commands": ("data_shards", "dualforce.preprocess"),
+    "dualforce.__main__": ("dualforce.cli", "dualforce"),
     "dualforce.cli": (*BASE, *MIDDLE, *BOTTOM, *TOP, "dualforce.launch", "dualforce.data_commands", "dualforce"),
     "tools": (*BASE, *MIDDLE, *BOTTOM, *TOP, "dualforce.launch", "dualforce.cli", "dualforce"),
 }

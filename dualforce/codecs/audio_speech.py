@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dualforce.codecs.checkpoint_file import check_packing
 from dualforce.codecs.protocols import CodecError, Samples, Wave
 from dualforce.config_file import read_json
 from dualforce.types import AUDIO_HZ, SAMPLE_RATE
@@ -58,7 +60,7 @@ class SpeechFeatures:
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
         """Raises ConfigError for a config.json that cannot be read, CodecError for another model, weights that are
-        missing or damaged, and without transformers (extra `speech`)."""
+        missing or damaged, another rate or clock, and without transformers (extra `speech`)."""
         config = read_json(folder / "config.json")
         kind = config.get("model_type")
         if kind not in KINDS:
@@ -68,10 +70,12 @@ class SpeechFeatures:
             raise CodecError(f"{folder}: no weights: expected {' or '.join(WEIGHTS)}")
         with weights.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
+        check_packing(weights)
         self._kind, self._device = kind, torch.device(device)
         self._model, self._prepare = _load(folder, kind)
+        _check_clock(folder, kind, self._model.config, self._prepare)
         self._model.to(self._device).eval()
-        self.width = int(config["d_model" if kind == "whisper" else "hidden_size"])
+        self.width = int(self._model.config.hidden_size)  # Whisper's too has this name
         self.tag = f"{kind}-{self.width}-{digest[:12]}-{VERSION}"
 
     def encode(self, wave: Wave) -> Tensor:
@@ -161,3 +165,24 @@ def _load(folder: Path, kind: str) -> tuple[Any, Any]:
     if missing:
         raise CodecError(f"{folder}: {missing[0]}: not in the weights ({len(missing)} such): expected a {kind} encoder")
     return model if kind == "hubert" else model.get_encoder(), prepare
+
+
+def _check_clock(folder: Path, kind: str, config: Any, prepare: Any) -> None:
+    """Raise CodecError unless the network hears sound as it is given here, and its frames lie as the head of this file
+    says: another folder of the same kind would give features of another moment."""
+    if kind == "hubert":
+        stride, field = math.prod(config.conv_stride), 1
+        for kernel, step in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
+            field = (field - 1) * step + kernel
+        found = {"a frame every": (stride, HOP), "a frame of": (field, FIELD)}
+        for what, (samples, expected) in found.items():
+            if samples != expected:
+                raise CodecError(f"{folder / 'config.json'}: {what} {samples} samples: expected {expected}")
+        wanted: Mapping[str, int] = {"sampling_rate": SAMPLE_RATE, "feature_size": 1}
+    else:
+        bands = config.num_mel_bins
+        wanted = {"sampling_rate": SAMPLE_RATE, "hop_length": HOP // 2, "chunk_length": 30, "feature_size": bands}
+    for key, value in wanted.items():
+        if getattr(prepare, key, None) != value:
+            place = folder / "preprocessor_config.json"
+            raise CodecError(f"{place}: {key} = {getattr(prepare, key, None)!r}: expected {value}")

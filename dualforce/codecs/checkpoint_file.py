@@ -95,16 +95,18 @@ def _value(found: Tensor, like: Tensor, where: str) -> Tensor:
 
 def _torch_content(path: Path) -> object:
     packed = zipfile.is_zipfile(path)
-    if packed:
-        _check_zip(path)
+    check_packing(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what torch thinks of the age of a file
         # Mapped, so that parts of a checkpoint that are not used are not read.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=packed)
 
 
-def _check_zip(path: Path) -> None:
-    """Refuse an archive that unpacks to more than it is: torch stores tensors as they are."""
+def check_packing(path: Path) -> None:
+    """Raise CodecError for an archive that unpacks to more than it is: torch stores tensors as they are. (An older file
+    of torch is none.)"""
+    if not zipfile.is_zipfile(path):
+        return
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
     packed = next((member for member in members if member.compress_type != zipfile.ZIP_STORED), None)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from dualforce.codecs.protocols import CodecError, Pixels
 
 TAG = "mediapipe-face-landmarker-v1"
+SHA256 = "64184e229b263107bc2b804c6625db1341ff2bb731874b0bcc2fe6544e0bc9ff"  # of the file that the tag names
 
 
 class Face(NamedTuple):
@@ -37,7 +38,7 @@ class FaceLandmarkerModel:
     package = "mediapipe"
 
     def __init__(self, model: Path, *, video: bool, max_faces: int = 1) -> None:
-        check_model_file(model)
+        self.weights = check_model_file(model)
         try:
             from mediapipe.tasks.python import BaseOptions, vision
         except ImportError as error:
@@ -56,7 +57,6 @@ class FaceLandmarkerModel:
             cause = str(error).splitlines()[0]
             raise CodecError(f"{model}: not a usable face landmark model: {cause}") from error
         self._video = video
-        self.weights = hashlib.sha256(model.read_bytes()).hexdigest()
 
     def faces(self, picture: Pixels, milliseconds: int = 0) -> list[Face]:
         """Faces in a picture [H,W,3] uint8, largest first; of a video model's frames `milliseconds` must increase."""
@@ -84,12 +84,18 @@ class FaceLandmarkerModel:
         self.close()
 
 
-def check_model_file(model: Path) -> None:
-    """Raise CodecError unless `model` is a readable FaceLandmarker task file (a zip archive)."""
+def check_model_file(model: Path) -> str:
+    """SHA-256 of the FaceLandmarker task file (a zip archive). Raises CodecError for another file: its numbers would
+    have the tag of this one."""
+    wanted = "expected MediaPipe's face_landmarker.task"
     if not model.is_file():
-        raise CodecError(f"--face-landmarker {model}: no such file; expected MediaPipe's face_landmarker.task")
+        raise CodecError(f"--face-landmarker {model}: no such file; {wanted}")
     if not zipfile.is_zipfile(model):
-        raise CodecError(f"--face-landmarker {model}: not a task file; expected MediaPipe's face_landmarker.task")
+        raise CodecError(f"--face-landmarker {model}: not a task file; {wanted}")
+    found = hashlib.sha256(model.read_bytes()).hexdigest()
+    if found != SHA256:
+        raise CodecError(f"--face-landmarker {model}: sha256 = {found}: expected {SHA256}, MediaPipe's own")
+    return found
 
 
 def _face(points: Any, matrix: Any, shapes: Any, width: int, height: int) -> Face:

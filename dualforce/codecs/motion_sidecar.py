@@ -22,6 +22,8 @@ from dualforce.types import FPS
 
 FORMAT = "dualforce-sidecar"
 VERSION = 1
+MAX_TEXT = 500  # characters of identity and licence: they stand in the record of every sample
+MAX_TAG = 200  # characters; a shard set takes no longer ones
 
 
 class SidecarError(ValueError):
@@ -83,9 +85,11 @@ def read_sidecar(path: Path) -> Sidecar:
     identity = data.get("identity")
     if not isinstance(identity, str) or not identity:
         raise SidecarError(f"{path}: identity: {identity!r}: expected a name")
+    _check_length(identity, MAX_TEXT, path, "identity")
     licence = data.get("licence")
     if licence is not None and not isinstance(licence, str):
         raise SidecarError(f"{path}: licence: {licence!r}: expected text")
+    _check_length(licence or "", MAX_TEXT, path, "licence")
     boxes = _table(data.get("face_boxes"), 4, path, "face_boxes")
     if len(boxes) != len(motion.values):
         raise SidecarError(
@@ -119,12 +123,18 @@ def _motion(data: dict[str, Any], path: Path) -> Motion:
     tag, names = motion.get("tag"), motion.get("names")
     if not isinstance(tag, str) or not tag:
         raise SidecarError(f"{path}: motion.tag: {tag!r}: expected the extractor's tag")
+    _check_length(tag, MAX_TAG, path, "motion.tag")
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise SidecarError(f"{path}: motion.names: {str(names)[:40]!r}: expected a list of names")
     if len(set(names)) != len(names):
         raise SidecarError(f"{path}: motion.names: a name occurs twice: expected different names")
     values = _table(motion.get("values"), len(names), path, "motion.values")
     return Motion(tag, tuple(names), torch.from_numpy(values).float())
+
+
+def _check_length(text: str, most: int, path: Path, key: str) -> None:
+    if len(text) > most:
+        raise SidecarError(f"{path}: {key}: {len(text)} characters: expected at most {most}")
 
 
 def _table(rows: Any, width: int, path: Path, key: str) -> NDArray[np.float64]:

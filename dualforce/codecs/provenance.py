@@ -1,4 +1,5 @@
-"""Where the frozen extractors come from, and the licence of their published weights: for model cards and reports."""
+"""Where the frozen extractors come from, the licence of their published weights, and the package that runs them: for
+model cards, manifests and reports."""
 
 from __future__ import annotations
 
@@ -24,3 +25,22 @@ ORIGINS = {
 def origin_of(tag: str) -> str:
     """Origin and licence of the extractor with this tag."""
     return next((text for start, text in ORIGINS.items() if tag.startswith(start)), "see the terms of its owner")
+
+
+# Packages whose code computes the networks; all others with an origin are computed by DualForce's own.
+PACKAGES = {
+    "wan2.1-": "diffusers",
+    "hubert-": "transformers",
+    "whisper-": "transformers",
+    "umt5-": "transformers",
+    "mediapipe-face-landmarker-": "mediapipe",
+    "silero-vad-": "silero-vad",
+    "pyscenedetect-": "scenedetect",
+    "insightface-detector-": "insightface",
+}
+
+
+def package_of(tag: str) -> str | None:
+    """The package that computes what an extractor with this tag gives; None for motion that others have computed."""
+    own = "dualforce" if any(tag.startswith(start) for start in ORIGINS) else None
+    return next((package for start, package in PACKAGES.items() if tag.startswith(start)), own)

@@ -69,6 +69,7 @@ def build_shards(src: Path, out: Path, options: BuildOptions, console: Console |
             if (out / "manifest.json").exists():
                 manifest = _there(out, info["build"])
                 return BuildReport(manifest, len(videos), manifest["info"]["videos_used"], 0.0, len(videos))
+            info["networks"] = networks
             results = _run(tasks, plan.rejected, options, progress)
             terms = Terms(options.validation_share, options.licence, options.origin)
             manifest = assemble(src, out, work, results, Making(extractors, networks, info, terms, begun), progress)

@@ -68,12 +68,13 @@ def track_faces(video: Path, finder: FaceFinder) -> FaceTrack:
     return FaceTrack(found, frames, np.array(times), np.array(boxes), np.array(rivals), np.array(yaw))
 
 
-def track_sidecar(frames: int, sidecar: Sidecar) -> FaceTrack:
-    """The face boxes that a rendered clip carries, one per pixel frame. Raises Rejected when the clip has another
-    number of pixel frames."""
+def track_sidecar(frames: int, size: tuple[int, int], sidecar: Sidecar) -> FaceTrack:
+    """The face boxes that a rendered clip of `size` (width, height) carries, one per pixel frame. Raises Rejected when
+    the clip has another number of pixel frames, and for a box that is none of a face in it."""
     rows = len(sidecar.face_boxes)
     if rows != frames:
         raise Rejected(Reason.E_SIDECAR, f"motion.values: {rows} rows: expected {frames}, the video's pixel frames")
+    _check_boxes(sidecar.face_boxes, size)
     unknown = np.full(rows, np.nan)
     finder = Finder(sidecar.motion.tag)
     return FaceTrack(finder, rows, np.arange(rows), sidecar.face_boxes, np.zeros(rows, np.bool_), unknown)
@@ -85,3 +86,15 @@ def _yaw(face: FoundFace) -> float:
 
 def _side(face: FoundFace) -> float:
     return float(np.max(face.box[2:] - face.box[:2]))
+
+
+def _check_boxes(boxes: NDArray[np.float64], size: tuple[int, int]) -> None:
+    """Raise Rejected for a box [T,4] whose middle lies outside the picture, or that is more than twice as large: what
+    is cut out there would be edge pixels, as many as the box is large."""
+    with np.errstate(over="ignore"):
+        middle, sides = boxes[:, :2] / 2 + boxes[:, 2:] / 2, boxes[:, 2:] - boxes[:, :2]
+    right = (middle >= 0) & (middle <= size) & (sides <= 2 * max(size))
+    if not right.all():
+        row = int(np.argmin(right.all(axis=1)))
+        detail = f"face_boxes[{row}]: {boxes[row].tolist()}: expected a face in a picture of {size[0]} x {size[1]}"
+        raise Rejected(Reason.E_SIDECAR, detail)

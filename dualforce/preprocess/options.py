@@ -10,6 +10,8 @@ from dualforce.codecs.protocols import VIDEO_STRIDE
 from dualforce.preprocess.errors import BuildError
 from dualforce.preprocess.quality import Limits
 
+MAX_SIZE = 2048  # 44 MiB of latents, in a clip of at most 64 MiB (data_shards.schema)
+
 
 @dataclass(frozen=True)
 class BuildOptions:
@@ -50,6 +52,8 @@ class BuildOptions:
         edge = 2 * VIDEO_STRIDE
         if self.size < edge or self.size % edge:
             raise BuildError(f"--size {self.size}: expected a multiple of {edge}, as latents are patched by 2")
+        if self.size > MAX_SIZE:
+            raise BuildError(f"--size {self.size}: expected at most {MAX_SIZE}, as a clip has room for no more")
         if (self.captions is None) != (self.text_encoder is None):
             given, other = ("captions", "text-encoder DIR") if self.captions else ("text-encoder", "captions FILE")
             raise BuildError(f"--{given} {self.captions or self.text_encoder}: needs --{other}")

@@ -107,7 +107,7 @@ def _prepare(job: Job, models: Models, files: ExitStack) -> _Clip:
     rejected: Rejections = []
     long = _passing(job, scenes, scenes.parts, rejected, lambda scene: quality.check_length(scene, limits))
     if sidecar is not None:
-        track = track_sidecar(scenes.frames, sidecar)
+        track = track_sidecar(scenes.frames, (info.width, info.height), sidecar)
     if sidecar is None or job.face_detector is not None:
         track = track_faces(job.video, models.faces(job))
     usable = _passing(
@@ -254,7 +254,7 @@ def _meta(
         "window": window.index,
         "first_pixel_frame": window.start,
         "scene": {"index": scene.index, "of": len(clip.scenes.parts), "first": scene.start, "frames": scene.length},
-        "file": {"codec": info.codec, "width": info.width, "height": info.height, "fps": round(info.rate, 4)},
+        "file": info.entry(),
         "crop": {"tag": clip.crop.tag, "boxes": boxes.round(1).tolist()},
         "tags": {"video": clip.codec.tag, "motion": motion_tag, "audio": clip.audio.tag},
         "finders": {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +184,32 @@ def broken(folders: dict[str, Path], to: Path, case: str) -> Path:
         (to / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
     elif case == "gone":
         shutil.rmtree(to)
+    elif case in CHANGED:
+        change(to, *CHANGED[case])
+        if case == "fields":  # kernels are in the shapes of the weights
+            transformers.HubertModel(transformers.HubertConfig.from_pretrained(to)).save_pretrained(to)
     return to
+
+
+# What another file of the folder says, and the feature extractor or network that follows from it hears something else.
+CHANGED: dict[str, tuple[str, dict[str, Any]]] = {
+    "rate": ("preprocessor_config.json", {"sampling_rate": 8000}),
+    "channels": ("preprocessor_config.json", {"feature_size": 2}),
+    "strides": ("config.json", {"conv_stride": [5, 2, 2, 2, 2, 2, 1]}),
+    "fields": ("config.json", {"conv_kernel": [10, 3, 3, 3, 3, 2, 4]}),
+}
+WHISPER_CHANGED: dict[str, tuple[str, dict[str, Any]]] = {
+    "rate": ("preprocessor_config.json", {"sampling_rate": 22_050}),
+    "hop": ("preprocessor_config.json", {"hop_length": 320}),
+    "length": ("preprocessor_config.json", {"chunk_length": 10}),
+    "bands": ("preprocessor_config.json", {"feature_size": 128}),
+}
+
+
+def change(folder: Path, name: str, values: dict[str, Any]) -> None:
+    """Give some keys of a JSON file in a folder other values."""
+    content = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(content | values))
 
 
 @pytest.mark.parametrize(
@@ -195,12 +221,76 @@ def broken(folders: dict[str, Path], to: Path, case: str) -> Path:
         ("damaged", "expected a hubert encoder"),
         ("layers", r"encoder.layers.2.* not in the weights \(\d+ such\)"),
         ("gone", "config.json: no such file"),
+        ("rate", "sampling_rate = 8000: expected 16000"),
+        ("channels", "feature_size = 2: expected 1"),
+        ("strides", "a frame every 160 samples: expected 320"),
+        ("fields", "a frame of 720 samples: expected 400"),
     ],
 )
 def test_another_folder_is_one_line(folders: dict[str, Path], tmp_path: Path, case: str, named: str) -> None:
     with pytest.raises((CodecError, ConfigError), match=named) as caught:
         SpeechFeatures(broken(folders, tmp_path / "folder", case))
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("case", "named"),
+    [
+        ("rate", "sampling_rate = 22050: expected 16000"),
+        ("hop", "hop_length = 320: expected 160"),
+        ("length", "chunk_length = 10: expected 30"),
+        ("bands", "feature_size = 128: expected 80"),
+    ],
+)
+def test_another_whisper_is_one_line(folders: dict[str, Path], tmp_path: Path, case: str, named: str) -> None:
+    shutil.copytree(folders["whisper"], tmp_path / "folder")
+    change(tmp_path / "folder", *WHISPER_CHANGED[case])
+    with pytest.raises(CodecError, match=named) as caught:
+        SpeechFeatures(tmp_path / "folder")
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_a_width_that_is_the_default_need_not_be_said(whisper_folder: Path, tmp_path: Path) -> None:
+    for path in whisper_folder.iterdir():
+        shutil.copy(path, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    width = config.pop("d_model")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert SpeechFeatures(tmp_path).width == width == 384
+
+
+def old_layout(folder: Path, to: Path) -> dict[str, torch.Tensor]:
+    """The weights of a HuBERT folder as the published file names them: below `hubert.`, weight norm as `weight_g` and
+    `weight_v`."""
+    from safetensors.torch import load_file
+
+    shutil.copytree(folder, to)
+    (to / "model.safetensors").unlink()
+    norm = "encoder.pos_conv_embed.conv."
+    names = {f"{norm}parametrizations.weight.original{n}": f"{norm}weight_{letter}" for n, letter in enumerate("gv")}
+    weights = load_file(folder / "model.safetensors")
+    assert names.keys() <= weights.keys()
+    return {f"hubert.{names.get(name, name)}": value for name, value in weights.items()}
+
+
+def test_a_file_of_the_published_layout(folders: dict[str, Path], tmp_path: Path) -> None:
+    weights = old_layout(folders["hubert"], tmp_path / "folder")
+    torch.save(weights, tmp_path / "folder" / "pytorch_model.bin")
+    found, expected = SpeechFeatures(tmp_path / "folder"), SpeechFeatures(folders["hubert"])
+    wave = noise(3 * SAMPLES_PER_FRAME)
+    assert found.tag != expected.tag and torch.equal(found.encode(wave), expected.encode(wave))
+
+
+def test_a_packed_file_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    """An archive whose members unpack to more than it is."""
+    weights = old_layout(folders["hubert"], tmp_path / "folder")
+    path = tmp_path / "folder" / "pytorch_model.bin"
+    torch.save(weights, tmp_path / "plain.bin")
+    with zipfile.ZipFile(tmp_path / "plain.bin") as plain, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        for member in plain.infolist():
+            packed.writestr(member.filename, plain.read(member))
+    with pytest.raises(CodecError, match="compressed or overlap"):
+        SpeechFeatures(tmp_path / "folder")
 
 
 def test_pickles_are_not_run(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from helpers.clips import sidecar_json
 
 from dualforce.codecs import audio_logmel, motion_landmarker, video_dct
+from dualforce.codecs.face_landmarker import FaceLandmarkerModel
 from dualforce.codecs.media import read_video
 from dualforce.codecs.motion_landmarker import LandmarkerMotion, NoFaceError, euler_degrees
 from dualforce.codecs.motion_sidecar import SidecarError, find_sidecar, read_motion, read_sidecar
@@ -60,6 +62,20 @@ def test_bad_model_file(tmp_path: Path) -> None:
     wrong.write_bytes(b"something else")
     with pytest.raises(CodecError, match=r"wrong\.task: not a task file"):
         LandmarkerMotion(wrong)
+
+
+def test_the_tag_is_of_one_file(landmarker_file: Path, tmp_path: Path) -> None:
+    """One that works as well and has other bytes would give other numbers under the same name."""
+    other = tmp_path / "other.task"
+    other.write_bytes(landmarker_file.read_bytes())
+    with zipfile.ZipFile(other, "a") as archive:
+        archive.comment = b"another edition"
+    with pytest.raises(
+        CodecError, match=r"other\.task: sha256 = [0-9a-f]{64}: expected 64184e229b26[0-9a-f]{52}, Media"
+    ):
+        LandmarkerMotion(other)
+    with pytest.raises(CodecError, match=r"other\.task: sha256"):
+        FaceLandmarkerModel(other, video=False)
 
 
 def test_registry(tmp_path: Path) -> None:
@@ -135,7 +151,11 @@ def motion_with(**changes: Any) -> dict[str, Any]:
         ({"fps": 30}, "fps: 30: expected 25"),
         ({"format": "other"}, "format: 'other'"),
         ({"identity": ""}, "identity: ''"),
+        ({"identity": "x" * 501}, "identity: 501 characters: expected at most 500"),
+        ({"licence": 5}, "licence: 5: expected text"),
+        ({"licence": "y" * 5_000_000}, "licence: 5000000 characters: expected at most 500"),
         ({"motion": None}, "motion: 'None'"),
+        (motion_with(tag="x" * 201), "motion.tag: 201 characters: expected at most 200"),
         (motion_with(tag=7), "motion.tag: 7"),
         (motion_with(names=["yaw", "yaw"]), "motion.names: a name occurs twice"),
         (motion_with(values=[]), r"motion.values: '\[\]'"),

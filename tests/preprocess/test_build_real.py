@@ -12,6 +12,7 @@ import torch
 from helpers.crop_check import crop_boxes, inside_share
 
 from data_shards.reader import ShardSet
+from dualforce import __version__
 from dualforce.codecs.video_dct import DctVideoCodec
 from dualforce.preprocess.build import BuildReport
 from dualforce.preprocess.reasons import Reason
@@ -112,6 +113,20 @@ def test_the_report_names_every_network(real_report: Built, landmarker_file: Pat
     page = (folder / "report.html").read_text()
     assert all(entry["tag"] in page and entry["origin"] in page for entry in networks)
     assert landmarker in page and found["speech"]["sha256"] in page
+
+
+def test_the_set_itself_says_how_it_was_made(real_report: Built) -> None:
+    """Reports may be removed: tag, version and hash of every part are in the manifest."""
+    _, folder, _ = real_report
+    networks = json.loads((folder / "manifest.json").read_text())["info"]["networks"]
+    assert networks == json.loads((folder / "report.json").read_text())["networks"]
+    found = {entry["part"]: entry for entry in networks}
+    finders = samples_of(folder)[0][1].meta["finders"]
+    for part, finder in {"scenes": "scenes", "speech": "speech", "face track": "faces", "motion": "faces"}.items():
+        told = {"tag": found[part]["tag"], "version": found[part]["version"], "weights": found[part]["sha256"]}
+        assert {name: value for name, value in told.items() if value is not None} == finders[finder], part
+    own = [(found[part]["package"], found[part]["version"]) for part in ("video", "audio")]
+    assert own == [("dualforce", __version__)] * 2
 
 
 def test_figures_of_a_used_clip(real_report: Built, clips_dir: Path) -> None:

@@ -134,6 +134,7 @@ def test_bundled_sample(sample_dir: Path, tmp_path: Path) -> None:
     ("options", "message"),
     [
         (BuildOptions(size=100), "--size 100: expected a multiple of 16"),
+        (BuildOptions(size=2064), "--size 2064: expected at most 2048"),
         (BuildOptions(workers=0), "--workers 0: expected at least 1"),
         (BuildOptions(validation_share=1.0), "--validation-share 1.0"),
     ],

@@ -79,7 +79,7 @@ def test_from_annotations_to_clips(
 ) -> None:
     (tmp_path / "in").mkdir()
     annotations, out = make(tmp_path / "in"), tmp_path / "out"  # type: ignore[operator]
-    result = run(tool, annotations, out, "--rate", "1M", "--workers", 2, "--sleep", 0)
+    result = run(tool, annotations, out, "--whole", "--rate", "1M", "--workers", 2, "--sleep", 0)
     assert result.exit_code == 0, result.output
     assert sorted(path.name for path in (out / "clips").iterdir()) == clips
     report = json.loads((out / "report.json").read_text())
@@ -148,6 +148,13 @@ def test_interrupted_run_says_so_to_the_shell(
 
     monkeypatch.setattr(command, "download", interrupted)
     assert run(download_vfhq, vfhq_files(tmp_path), tmp_path / "out").exit_code == 130
+
+
+def test_a_rate_that_would_not_hold_is_refused(tmp_path: Path, fake: list[YtDlp]) -> None:
+    """Sections are read by ffmpeg, which nothing slows down."""
+    result = run(download_vfhq, vfhq_files(tmp_path), tmp_path / "out", "--rate", "1M")
+    assert result.exit_code == 2 and "--rate 1M: binds whole videos alone: expected --whole too" in result.output
+    assert not fake and not (tmp_path / "out").exists()
 
 
 def test_rates() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from helpers import odd_videos as odd
 from helpers.numbered_clip import number_in, number_place, numbered_clip, picture, pictures_of
 
-from dualforce.codecs.media import MediaError, probe, read_audio, read_sound
+from dualforce.codecs.media import MediaError, iter_frames, probe, read_audio, read_sound
 from tools.download import cut as cutting
 from tools.download.cut import Span, cut
 from tools.download.reasons import ClipFailure, Reason
@@ -79,6 +81,17 @@ def test_crop_copies_the_pixels(tmp_path: Path, pix_fmt: str, size: tuple[int, i
         for dy in range(-2, 3)
     }
     assert min(errors, key=lambda key: errors[key]) == (0, 0) and errors[0, 0] < 3
+
+
+@pytest.mark.parametrize(("pix_fmt", "touch"), [("yuv420p10le", odd.hdr), ("yuvj420p", odd.full_range)])
+def test_colours_are_still_what_they_were_called(tmp_path: Path, pix_fmt: str, touch: Any) -> None:
+    """HDR above all: taken for SDR, everything that is made of the clip would be pale."""
+    odd.make(tmp_path / "a.mp4", count=30, pix_fmt=pix_fmt, touch=touch)
+    whole = PixelRule(Fraction(0), Fraction(0), Fraction(64), Fraction(64), 64)
+    cut(tmp_path / "a.mp4", tmp_path / "b.mp4", Span(Fraction(0), Fraction(1)), whole)
+    before, after = (list(iter_frames(tmp_path / name)) for name in ("a.mp4", "b.mp4"))
+    for (_, one), (_, other) in zip(before, after, strict=False):
+        assert np.abs(one.astype(int).mean((0, 1)) - other.mean((0, 1))).max() < 3
 
 
 def test_crop_is_scaled_to_the_real_height(tmp_path: Path) -> None:

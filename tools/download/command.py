@@ -17,7 +17,7 @@ from tools.download.run import OptionError, Options, Report, download
 from tools.download.ytdlp import Fetcher, YtDlp
 
 INTERRUPTED = 130  # what a shell gives for a process ended by Ctrl-C
-RATE_HELP = "Bytes a second of all workers together, as 500K or 4M. Sections are read by ffmpeg, which has no limit."
+RATE_HELP = "Bytes a second of all workers together, as 500K or 4M; with --whole alone, as ffmpeg reads sections."
 UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3}
 
 
@@ -42,7 +42,7 @@ def make_app(read: Callable[[Path], Annotations], about: str) -> typer.Typer:
         try:
             options.check()
             found = read(annotations)
-            report = run(found, out, make_fetcher(rate, workers, sleep, cookies), options)
+            report = run(found, out, make_fetcher(rate, workers, sleep, cookies, whole=whole), options)
         except (ValueError, OSError) as error:
             # Every error of the parts used here that a user can cause is a ValueError with one complete line.
             typer.echo(f"error: {error}", err=True)
@@ -53,11 +53,14 @@ def make_app(read: Callable[[Path], Annotations], about: str) -> typer.Typer:
     return app
 
 
-def make_fetcher(rate: str | None, workers: int, sleep: float, cookies: Path | None) -> Fetcher:
-    """yt-dlp with these options. Raises OptionError and ToolError."""
+def make_fetcher(rate: str | None, workers: int, sleep: float, cookies: Path | None, *, whole: bool) -> Fetcher:
+    """yt-dlp with these options. Raises OptionError, also for a rate without `whole`, which nothing would heed, and
+    ToolError."""
     if not 0 <= sleep <= 3600:
         raise OptionError(f"--sleep {sleep}: expected 0 to 3600 seconds")
     share = None if rate is None else max(1, parse_rate(rate) // workers)
+    if rate is not None and not whole:
+        raise OptionError(f"--rate {rate}: binds whole videos alone: expected --whole too")
     fetcher = YtDlp(rate=share, sleep=sleep, cookies=cookies)
     fetcher.check()
     return fetcher

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,16 +20,30 @@ from dualforce.codecs.protocols import Pixels
 from dualforce.types import FPS
 
 
+class SoundInfo(NamedTuple):
+    """What the head of a file says of its sound: codec, samples a second and number of channels."""
+
+    codec: str
+    hz: int
+    channels: int
+
+
 @dataclass(frozen=True)
 class MediaInfo:
-    """What the head of a video file says. `zero` is the presentation time of the first picture, in seconds."""
+    """What the head of a video file says. `zero` is the presentation time of the first picture, in seconds; `sound` is
+    that of the stream that is taken, None without one."""
 
     width: int
     height: int
     zero: Fraction
     rate: float
     codec: str
-    sound: bool
+    sound: SoundInfo | None
+
+    def entry(self) -> dict[str, Any]:
+        """As JSON, for the record of the file's samples."""
+        told = {"codec": self.codec, "width": self.width, "height": self.height, "fps": round(self.rate, 4)}
+        return {**told, "sound": None if self.sound is None else self.sound._asdict()}
 
 
 def probe(path: Path) -> MediaInfo:
@@ -46,9 +60,15 @@ def probe(path: Path) -> MediaInfo:
                 zero=time_of(frame) or Fraction(0),
                 rate=float(stream.average_rate or FPS),
                 codec=str(stream.codec_context.name),
-                sound=bool(container.streams.audio),
+                sound=_sound(container),
             )
     raise MediaError(path, "no picture could be decoded")
+
+
+def _sound(container: Any) -> SoundInfo | None:
+    stream = container.streams.best("audio")
+    found = stream and stream.codec_context  # None also for a codec that nothing here decodes
+    return SoundInfo(str(found.name), int(found.sample_rate), int(found.channels)) if found else None
 
 
 def iter_frames(
