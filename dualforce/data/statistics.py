@@ -97,7 +97,7 @@ class StreamStatistics:
             # A frame at a time, which stays in the processor's cache between the two operations.
             for frames in zip(clip, mean, std, row, strict=True):
                 x, m, s, out = frames
-                torch.sub(x, m, out=out).div_(s)
+                out.copy_(x).sub_(m).div_(s)
         return batch
 
     def denormalise_video(self, x: Tensor, first_frame: int = 0) -> Tensor:
