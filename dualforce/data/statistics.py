@@ -94,9 +94,8 @@ class StreamStatistics:
         mean, std = self._video_rows(clips[0], 0)
         batch = empty((len(clips), *clips[0].shape))
         for clip, row in zip(clips, batch, strict=True):
-            # A frame at a time, which stays in the processor's cache between the two operations.
-            for frames in zip(clip, mean, std, row, strict=True):
-                x, m, s, out = frames
+            # A frame at a time, which stays in the processor's cache between the operations.
+            for x, m, s, out in zip(clip, mean, std, row, strict=True):
                 out.copy_(x).sub_(m).div_(s)
         return batch
 
