@@ -128,9 +128,7 @@ def _prepare(job: Job, models: Models, files: ExitStack) -> _Clip:
         crop=plan_crop(track, usable),
         audio=files.enter_context(features.audio_track(models.audio(job), sound.wave, job.scratch)),
         loudness=features.loudness(sound.wave),
-        checks={
-            scene.index: quality.report(track.within(scene.start, scene.stop), sound, level) for scene in usable
-        },
+        checks={scene.index: quality.report(track.within(scene.start, scene.stop), sound, level) for scene in usable},
         motion=None if sidecar else models.motion(job),
         flame=models.flame(job),
         codec=models.video(job),
@@ -195,7 +193,10 @@ def _window_crops(clip: _Clip, windows: list[Window]) -> Iterator[tuple[Window, 
     size = max(clip.job.size, motion_landmarker.CROP_SIZE) if looked_at else clip.job.size
     frames = crop_frames(clip.job.video, clip.crop, [window.frames for window in windows], size)
     for window in windows:
-        yield window, np.stack([next(frames)[1] for _ in window.frames])
+        crops = np.empty((window.length, size, size, 3), np.uint8)  # at once: 81 arrays would each pin the heap
+        for place in range(window.length):
+            crops[place] = next(frames)[1]
+        yield window, crops
 
 
 def _sample(clip: _Clip, window: Window, crops: Pixels, measured: dict[str, float]) -> ClipSample:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers.clips import copy_head, write_frames
 
-from dualforce.codecs.media import Treatment, interlaced, iter_frames, pictures
+from dualforce.codecs.media import MediaError, Treatment, interlaced, iter_frames, pictures, probe
 from dualforce.codecs.media.interlaced import progressive
 from dualforce.codecs.media_clock import Timed
 
@@ -163,3 +163,22 @@ def test_pixel_frames_are_those_of_the_clock(rate: Fraction, tmp_path: Path) -> 
     assert [k for k, _ in one] == [k for k, _ in other]
     for (k, found), (_, wanted) in list(zip(one, other, strict=True))[2:-2]:
         assert np.abs(found.astype(int) - wanted).mean() < 1.5, k
+
+
+@pytest.mark.parametrize("order", ["tff", "bff"])
+def test_fields_that_are_pictures_of_their_own_are_refused(order: str, tmp_path: Path) -> None:
+    """HEVC with field_seq_flag: the decoder gives pictures of half the height."""
+    path = tmp_path / "fields.mp4"
+    fields = [frame_of(np.ascontiguousarray(woven(k // 2)[k % 2 :: 2])) for k in range(20)]
+    write_frames(path, fields, "libx265", Fraction(50), {"x265-params": f"log-level=none:interlace={order}"})
+    assert all(frame.shape[0] == fields[0].height for frame in raw(path))
+    for read in (probe, lambda video: next(iter_frames(video))):
+        with pytest.raises(MediaError, match="HEVC with each field as a picture of its own: expected whole pictures"):
+            read(path)
+
+
+def test_whole_pictures_of_hevc_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "whole.mp4"
+    options = {"x265-params": "log-level=none"}
+    write_frames(path, [frame_of(woven(k)) for k in range(5)], "libx265", Fraction(25), options)
+    assert len(list(iter_frames(path))) == 5

@@ -17,7 +17,7 @@ from dualforce.preprocess.job import Job
 from dualforce.preprocess.process import process_video
 from dualforce.preprocess.quality import Limits
 from dualforce.preprocess.sample_file import load_sample
-from dualforce.preprocess.scenes import Scene, find_scenes, scenes_of
+from dualforce.preprocess.scenes import TAG, Scene, find_scenes, scenes_of
 from dualforce.preprocess.windows import plan_windows
 
 SIDE = 160
@@ -195,7 +195,7 @@ def test_a_video_is_split_at_its_cuts(three_scenes: Path, tmp_path: Path) -> Non
             "scene": 1,
         },
     )
-    assert {sample.meta["finders"]["scenes"]["tag"] for sample in samples} == {"pyscenedetect-adaptive-black-v2"}
+    assert {sample.meta["finders"]["scenes"]["tag"] for sample in samples} == {TAG}
     # The crop of each scene is that of its own boxes: nothing is averaged over the cut.
     sidecar = json.loads(three_scenes.with_suffix(".json").read_text())
     for sample in samples:

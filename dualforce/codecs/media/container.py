@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dualforce.codecs.media.colour_tags import ColourError
+from dualforce.codecs.media.interlaced import FieldsError
 from dualforce.codecs.media_clock import ClockError
 
 MAX_PIXELS = 2**26  # of a picture: twice 8K. More is refused before memory is taken for it
@@ -43,7 +44,7 @@ def opened(path: Path, mode: Literal["r", "w"] = "r", name: Path | None = None) 
             yield container
     except MediaError:
         raise
-    except (ClockError, ColourError) as error:
+    except (ClockError, ColourError, FieldsError) as error:
         raise MediaError(name or path, str(error)) from error
     except (av.FFmpegError, OSError, EOFError) as error:
         cause = getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -13,6 +13,19 @@ METHOD = "bwdif"
 OPTIONS = "mode=send_frame:parity=auto:deint=interlaced"
 
 
+class FieldsError(ValueError):
+    """Fields that are pictures of their own; one line for the user."""
+
+
+def check_whole(frame: Any, codec: str) -> None:
+    """Raise FieldsError for a decoded picture of HEVC that is one field, half as high as what it shows.
+
+    FFmpeg's decoder does not weave them, and sets the flag for no others (tried with every `pic_struct`, H.265 D.2.3).
+    """
+    if codec == "hevc" and frame.interlaced_frame:
+        raise FieldsError("HEVC with each field as a picture of its own: expected whole pictures")
+
+
 def progressive(pictures: Iterable[Timed[Any]]) -> Iterator[Timed[Any]]:
     """The decoded frames of one stream without combing.
 
@@ -27,7 +40,9 @@ def progressive(pictures: Iterable[Timed[Any]]) -> Iterator[Timed[Any]]:
         if work is None and picture.item.interlaced_frame:
             work = _Deinterlacer(picture.item)
         if work is None:
-            yield picture
+            passed = [picture]
+            del picture  # so that it is not held here while the next one is decoded
+            yield passed.pop()
         else:
             yield from work.feed(picture)
     if work is not None:

@@ -12,12 +12,14 @@ import numpy as np
 
 from dualforce.codecs.media.colour_tags import Colours
 from dualforce.codecs.media.container import MediaError, opened, stream_of, time_of
-from dualforce.codecs.media.interlaced import progressive
+from dualforce.codecs.media.interlaced import check_whole, progressive
 from dualforce.codecs.media.treatment import Treatment
-from dualforce.codecs.media_clock import Timed, pixel_frames_shown
+from dualforce.codecs.media_clock import Timed, frames_before, pixel_frames_shown
 from dualforce.codecs.memory import give_back_memory
 from dualforce.codecs.protocols import Pixels
 from dualforce.types import FPS
+
+LARGE = 2**24  # pixels: of frames this large one more or less is 50 to 100 MB
 
 
 class SoundInfo(NamedTuple):
@@ -51,6 +53,7 @@ def probe(path: Path) -> MediaInfo:
     with opened(path) as container:
         stream = stream_of(container, "video", path)
         for frame in container.decode(stream):
+            check_whole(frame, stream.codec_context.name)
             width, height = _display_size(frame, stream, None)
             if _quarter_turns(frame) % 2:
                 width, height = height, width
@@ -91,26 +94,22 @@ def _frames(
 ) -> Iterator[tuple[int, Pixels]]:
     with opened(path) as container:
         stream = stream_of(container, "video", path)
-        colours = Colours()
         shown = False
-        size: tuple[int, int] | None = None
-        final: tuple[int, Any] | None = None
-        for frame, indices in _on_clock(_told(container.decode(stream), stream, treatment), stream):
-            size = size or _display_size(frame, stream, max_side)
-            if indices and last:
-                final = (indices[-1], frame)
+        final: tuple[int, _Held] | None = None
+        for held, indices in _on_clock(container.decode(stream), stream, _Uprighter(stream, max_side), step, treatment):
             shown = shown or bool(indices)
+            if indices and last:
+                final = (indices[-1], held)
             wanted = [k for k in indices if k % step == 0]
-            picture = _upright(frame, size, colours) if wanted else None
-            del frame  # before the picture is worked on, as the picture before the next frame: of 8K 100 MB each
-            if picture is not None:
-                for k in wanted:
-                    yield k, picture
-            del picture
-        if size is None or not shown:
+            if wanted:
+                picture = [held.take()]
+                for k in wanted[:-1]:
+                    yield k, picture[0]
+                yield wanted[-1], picture.pop()  # so that it is not held here while it is worked on
+        if not shown:
             raise MediaError(path, "no picture could be decoded")
         if final is not None and final[0] % step:
-            yield final[0], _upright(final[1], size, colours)
+            yield final[0], final[1].take()
 
 
 def read_image(path: Path) -> Pixels:
@@ -118,22 +117,85 @@ def read_image(path: Path) -> Pixels:
     return next(iter_frames(path))[1]
 
 
-def _length(frame: Any) -> Fraction | None:
-    return frame.duration * Fraction(frame.time_base) if frame.duration else None
+def _on_clock(
+    frames: Iterable[Any], stream: Any, uprighter: _Uprighter, step: int, treatment: Treatment | None
+) -> Iterator[tuple[_Held, range]]:
+    """Pair each decoded frame with the pixel frames during which it is on screen; those in multiples of `step` are
+    wanted."""
 
-
-def _told(frames: Iterable[Any], stream: Any, treatment: Treatment | None) -> Iterator[Any]:
-    for frame in frames:
+    def timed(frame: Any) -> Timed[Any]:
+        check_whole(frame, stream.codec_context.name)
         if treatment is not None:
             treatment.add(frame, stream)
-        yield frame
+        return Timed(frame, time_of(frame), frame.duration * Fraction(frame.time_base) if frame.duration else None)
 
-
-def _on_clock(frames: Iterable[Any], stream: Any) -> Iterator[tuple[Any, range]]:
-    """Pair each decoded frame with the pixel frames during which it is on screen."""
-    pictures = (Timed(frame, time_of(frame), _length(frame)) for frame in frames)
     interval = 1 / Fraction(stream.average_rate or FPS)
-    return pixel_frames_shown(progressive(pictures), interval, Fraction(stream.time_base))
+    pictures = progressive(map(timed, frames))  # map, not a generator: that would hold a frame
+    return pixel_frames_shown(_held(pictures, uprighter, interval, step), interval, Fraction(stream.time_base))
+
+
+def _held(
+    pictures: Iterator[Timed[Any]], uprighter: _Uprighter, interval: Fraction, step: int
+) -> Iterator[Timed[_Held]]:
+    """Frames to be kept until the time of the next one is known.
+
+    A large one that is wanted, by the length that it states, is made a picture before the next one is decoded: beside
+    a picture of 100 MB the decoder then need not have room for one frame more, which it would keep.
+    """
+    zero: Fraction | None = None
+    waiting: Timed[_Held] | None = None
+    while True:
+        if waiting is not None and waiting.time is not None and zero is not None and waiting.item.large:
+            start = waiting.time - zero
+            stop = frames_before(start + (waiting.length or interval))
+            if any(k % step == 0 for k in range(frames_before(start), stop)):
+                waiting.item.make()
+        picture = next(pictures, None)
+        if picture is None:
+            return
+        zero = (picture.time or Fraction(0)) if zero is None else zero
+        waiting = picture._replace(item=_Held(picture.item, uprighter))
+        del picture
+        yield waiting
+
+
+class _Uprighter:
+    """RGB pictures of the frames of one stream, at the size that the first one gives."""
+
+    def __init__(self, stream: Any, max_side: int | None) -> None:
+        self._stream, self._max_side = stream, max_side
+        self._colours = Colours()
+        self._size: tuple[int, int] | None = None
+
+    def size(self, frame: Any) -> tuple[int, int]:
+        """(width, height) before rotation; the first frame that comes decides."""
+        self._size = self._size or _display_size(frame, self._stream, self._max_side)
+        return self._size
+
+    def picture(self, frame: Any) -> Pixels:
+        """The frame turned upright, [H,W,3]. Raises ColourError."""
+        picture = self._colours.picture(frame, self.size(frame))
+        turns = _quarter_turns(frame)
+        return np.ascontiguousarray(np.rot90(picture, turns)) if turns else picture
+
+
+class _Held:
+    """A decoded frame, or the picture that was made of it."""
+
+    def __init__(self, frame: Any, uprighter: _Uprighter) -> None:
+        uprighter.size(frame)
+        self.large = frame.width * frame.height >= LARGE
+        self._frame, self._uprighter = frame, uprighter
+        self._picture: Pixels | None = None
+
+    def make(self) -> None:
+        """Turn the frame into its picture. Raises ColourError."""
+        self._picture, self._frame = self._uprighter.picture(self._frame), None
+
+    def take(self) -> Pixels:
+        """The picture [H,W,3], once: it is not held here any more. Raises ColourError."""
+        picture, self._picture = self._picture, None
+        return self._uprighter.picture(self._frame) if picture is None else picture
 
 
 def _display_size(frame: Any, stream: Any, max_side: int | None) -> tuple[int, int]:
@@ -146,10 +208,3 @@ def _display_size(frame: Any, stream: Any, max_side: int | None) -> tuple[int, i
 
 def _quarter_turns(frame: Any) -> int:
     return round(frame.rotation / 90) % 4
-
-
-def _upright(frame: Any, size: tuple[int, int], colours: Colours) -> Pixels:
-    """RGB picture of a decoded frame at `size` (before rotation), turned upright."""
-    picture = colours.picture(frame, size)
-    turns = _quarter_turns(frame)
-    return np.ascontiguousarray(np.rot90(picture, turns)) if turns else picture
