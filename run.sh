@@ -15,7 +15,7 @@ usage: ./run.sh COMMAND [ARGUMENTS]
   resume RUN.json --out DIR [OPTIONS]   go on from the newest checkpoint in DIR
   export RUNDIR --out MODEL             write a model folder from the newest checkpoint
   generate MODEL --image I --audio A --out V.mp4 [OPTIONS]
-  test [PYTEST ARGUMENTS]               linter, type checker and tests
+  test [PYTEST ARGUMENTS]               linter, formatter, type checker and tests
 
 PYTHON=/path/to/python ./run.sh ... names the interpreter (3.11, 3.12 or 3.13).
 TEXT
@@ -98,6 +98,7 @@ run_module() {
 run_tests() {
   cd -- "$root"
   "$venv/bin/python" -m ruff check . || fail "test: the linter found something"
+  "$venv/bin/python" -m ruff format --check . || fail "test: files are not formatted (ruff format . does it)"
   "$venv/bin/python" -m mypy || fail "test: the type checker found something"
   # Two test files at a time: most run one thread, and those that start processes wait for each other half of the time.
   exec "$venv/bin/python" -m pytest -n 2 --dist loadfile "$@"

@@ -139,13 +139,13 @@ def _file_fault(path: Path, entry: Any) -> str | None:
 
 def _clip_faults(opened: ShardSet, found: Findings, on_clip: Advance) -> Iterator[Fault]:
     readers = [opened.split(name) for name in SPLITS]
-    total, files = sum(map(len, readers)), set(opened.manifest["files"])
+    total = sum(map(len, readers))
     for reader in readers:
         for index, key in enumerate(reader.keys):
             try:
                 reader.read(index)
             except ShardError as error:
-                yield Fault(_file_of(str(error), reader.root, files), key, str(error))
+                yield Fault(error.shard, key, str(error))
             found.clips += 1
             on_clip(found.clips, total)
 

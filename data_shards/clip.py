@@ -22,6 +22,7 @@ from data_shards.schema import (
     TENSOR_FIELDS,
     TIME_FIELDS,
     ClipSample,
+    ShardError,
     are_numbers,
     at,
     check_values,
@@ -88,12 +89,16 @@ def read_row(source: Folder, place: Place) -> tuple[int, ...]:
     words = place.layout.words
     name, room = sums_name_of(place.tar), bytearray(8 * words)
     offset = size_of(sums_forms(place.rows, words)) - len(room) * (place.rows - place.row)
-    count = source.fill(name, [(offset, memoryview(room))])[0]
-    found = xxh3_64_intdigest(room)
-    if count != len(room) or found != place.sum:
-        value = f"xxh3 {found:016x}" if count == len(room) else f"{count} bytes"
-        expected = f"{len(room)} bytes of xxh3 {place.sum:016x}, the index's (damaged data)"
-        raise fail(source.label(name), place.key, "checksums", value, expected)
+    try:
+        count = source.fill(name, [(offset, memoryview(room))])[0]
+        found = xxh3_64_intdigest(room)
+        if count != len(room) or found != place.sum:
+            value = f"xxh3 {found:016x}" if count == len(room) else f"{count} bytes"
+            expected = f"{len(room)} bytes of xxh3 {place.sum:016x}, the index's (damaged data)"
+            raise fail(source.label(name), place.key, "checksums", value, expected)
+    except ShardError as error:
+        error.shard = name
+        raise
     return struct.unpack(f"<{words}Q", room)
 
 
@@ -113,9 +118,16 @@ def _check_record(
 ) -> dict[str, Any]:
     """The `meta` of a clip whose JSON member is the one that was written and says what index and manifest say."""
     name, found = f"{place.key}.json", xxh3_64_intdigest(record)
-    if found != row[0]:
-        raise at(origin, name, f"xxh3 {found:016x}", f"{row[0]:016x} (damaged data)")
-    document = parse_json(record, f"{origin}: {name}")
+    try:
+        if found != row[0]:
+            raise at(origin, name, f"xxh3 {found:016x}", f"{row[0]:016x} (damaged data)")
+        return _meta(parse_json(record, f"{origin}: {name}"), place, origin, tags)
+    except ShardError as error:
+        error.member = name  # whichever field of it is wrong
+        raise
+
+
+def _meta(document: Mapping[str, Any], place: Place, origin: str, tags: Mapping[str, str]) -> dict[str, Any]:
     expected: dict[str, object] = {
         "shard_version": RECORD_VERSION,
         "key": place.key,

@@ -166,8 +166,8 @@ class ShardReader:
         checksums and the JSON member are read, each frame under its own checksum; `frames` equal to F reads and checks
         the whole clip, tar headers included. The tensors share one piece of memory, which is the caller's own until
         the last of them is gone.
-        Raises ShardError naming file, sample and field for damage of any kind or `frames` outside 1..F, IndexError for
-        an index out of range, ValueError for a negative `beyond`.
+        Raises ShardError naming file, sample and field, of which it has `shard` and `member`, for damage of any kind or
+        `frames` outside 1..F, IndexError for an index out of range, ValueError for a negative `beyond`.
         """
         if not 0 <= index < len(self._clips):
             raise IndexError(f"clip {index} of {self.source}: expected 0 to {len(self._clips) - 1}")
@@ -186,7 +186,11 @@ class ShardReader:
         judged, heard = self._judged
         known = judged[index] >= frames and heard[index] >= frames + beyond
         what = f"sample {place.key!r}: {place.key}.json and {place.key}.safetensors:"
-        sample = self.source.checked(what, lambda source: read(source, place, tags, rooms, plan, known))
+        try:
+            sample = self.source.checked(what, lambda source: read(source, place, tags, rooms, plan, known))
+        except ShardError as error:
+            error.shard = error.shard or place.tar
+            raise
         if not known:
             judged[index] = max(judged[index], frames)
             heard[index] = max(heard[index], frames + beyond)

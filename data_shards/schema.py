@@ -52,7 +52,15 @@ _WIDTHS = {
 
 
 class ShardError(ValueError):
-    """Shards or a clip that cannot be used. The message is one line: where, sample, field, value, expectation."""
+    """Shards or a clip that cannot be used. The message is one line: where, sample, field, value, expectation.
+
+    Of a clip that was read from a set it also says, by themselves: `shard`, the name of the file (the tar, or that of
+    its checksums), and `member`, what of the clip is wrong there: KEY.json, KEY.safetensors, "checksums" or a tensor;
+    empty where the file is as a whole.
+    """
+
+    shard = ""
+    member = ""
 
 
 class MachineError(ShardError):
@@ -99,7 +107,9 @@ def fail(origin: str, sample: str, field: str, value: object, expected: str) -> 
 
 def at(place: str, field: str, value: object, expected: str) -> ShardError:
     """The same for a fault at any place of a set."""
-    return ShardError(f"{place}: {shown(field, raw=True)}: {shown(value, raw=True)}: expected {expected}")
+    error = ShardError(f"{place}: {shown(field, raw=True)}: {shown(value, raw=True)}: expected {expected}")
+    error.member = field
+    return error
 
 
 def shown(value: object, raw: bool = False) -> str:

@@ -35,20 +35,22 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     return validate(RunConfig, values, f"{path} with --set {told}" if overrides else str(path))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; ConfigError names the file when it is missing or not one, or has a key twice."""
+def read_json(path: Path, option: str = "") -> dict[str, Any]:
+    """Read a JSON object; ConfigError names the file, and the `option` that gave it, when it is missing or not one, or
+    has a key twice."""
+    place = f"{option} {path}" if option else str(path)
     try:
         values = decode_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
+        raise ConfigError(f"{place}: no such file: expected a JSON object") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from None
+        raise ConfigError(f"{place}: cannot be read ({error})") from None
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: not JSON, line {error.lineno} column {error.colno}: {error.msg}") from None
+        raise ConfigError(f"{place}: not JSON, line {error.lineno} column {error.colno}: {error.msg}") from None
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: {_why_not(error)}") from None
+        raise ConfigError(f"{place}: {_why_not(error)}") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected a JSON object, found {type(values).__name__}")
+        raise ConfigError(f"{place}: expected a JSON object, found {type(values).__name__}")
     return values
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -19,6 +20,7 @@ from rich.text import Text
 from data_shards import check, describe, edit
 from data_shards.manifest import NOT_LISTED
 from data_shards.reader import ShardSet
+from data_shards.remote.address import without_secrets
 from data_shards.schema import SPLITS, ShardError
 from dualforce.preprocess.reasons import part_of
 
@@ -28,14 +30,30 @@ SHOWN = 50  # rejections on the screen
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Make shard sets, look at them, check them.")
 
-SetArgument = Annotated[Path, typer.Argument(metavar="SET", help="folder of a shard set")]
-OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="shard set to write; must not exist")]
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # one letter is a drive of Windows
+
+
+def _here(folder: Path) -> Path:
+    """The folder; ShardError for a URL, which training takes and nothing here does."""
+    text = folder.as_posix()
+    if _URL.match(text):
+        given = without_secrets(text.replace(":/", "://", 1))  # of two slashes a path keeps one
+        raise ShardError(f"{given}: a URL: expected a folder of this machine")
+    return folder
+
+
+def _all_here(folders: list[Path]) -> list[Path]:
+    return [_here(folder) for folder in folders]
+
+
+SetArgument = Annotated[Path, typer.Argument(metavar="SET", help="folder of a shard set", callback=_here)]
+OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="shard set to write; must not exist", callback=_here)]
 
 
 @app.command()
 def build(
     src: Annotated[Path, typer.Argument(metavar="SRC", help="folder of videos, searched with its subfolders")],
-    out: Annotated[Path, typer.Option(help="folder for the shards, new or empty")],
+    out: Annotated[Path, typer.Option(help="folder for the shards, new or empty", callback=_here)],
     size: Annotated[int, typer.Option(help="edge of the square face crops in pixels")] = 128,
     face_landmarker: Annotated[
         Path | None, typer.Option(help="MediaPipe's face_landmarker.task; not needed for clips with sidecars")
@@ -158,7 +176,9 @@ def stats(root: SetArgument) -> None:
 @app.command()
 def merge(
     out: OutArgument,
-    roots: Annotated[list[Path], typer.Argument(metavar="SET SET...", help="folders of shard sets")],
+    roots: Annotated[
+        list[Path], typer.Argument(metavar="SET SET...", help="folders of shard sets", callback=_all_here)
+    ],
     prefix: Annotated[bool, typer.Option("--prefix", help='put the number of the set before keys: "1-KEY"')] = False,
 ) -> None:
     """Make one set out of several with the same extractors."""
@@ -197,8 +217,8 @@ def drop(
 
 @app.command()
 def upgrade(
-    old: Annotated[Path, typer.Argument(metavar="OLD", help="shard set of an earlier version")],
-    new: Annotated[Path, typer.Argument(metavar="NEW", help="shard set to write; must not exist")],
+    old: Annotated[Path, typer.Argument(metavar="OLD", help="shard set of an earlier version", callback=_here)],
+    new: Annotated[Path, typer.Argument(metavar="NEW", help="shard set to write; must not exist", callback=_here)],
 ) -> None:
     """Write a set of an earlier version, or one without statistics of its FLAME, anew in the present one."""
     from data_shards.upgrade import upgrade as upgrade_set  # the only command that knows earlier versions

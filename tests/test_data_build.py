@@ -101,9 +101,45 @@ def test_a_gpu_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_files_of_people_that_cannot_be_used(sample_dir: Path, tmp_path: Path, run: Run) -> None:
     src = take(sample_dir, tmp_path / "src", 1)
-    (tmp_path / "who.json").write_text('{"id00": 3}')
-    code, _, errors = run(src, "--out", tmp_path / "out", "--identities", tmp_path / "who.json")
-    assert code == 2 and len(errors.splitlines()) == 1 and "'id00': 3: expected a name of the person" in errors
+    cases = ((3, "3: expected a name of the person"), ("x" * 501, "501 characters: expected at most 500"))
+    for value, message in cases:
+        (tmp_path / "who.json").write_text(json.dumps({"id00": value}))
+        code, _, errors = run(src, "--out", tmp_path / "out", "--identities", tmp_path / "who.json")
+        assert code == 2 and len(errors.splitlines()) == 1 and f"'id00': {message}" in errors
+
+
+@pytest.mark.parametrize("option", ["--limits", "--identities", "--captions"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "no such file: expected a JSON object"), ("[1]", "expected a JSON object, found list")],
+)
+def test_a_file_that_cannot_be_read_is_told_with_its_option(
+    sample_dir: Path, tmp_path: Path, run: Run, option: str, content: str | None, message: str
+) -> None:
+    src, path = take(sample_dir, tmp_path / "src", 1), tmp_path / "x.json"
+    if content is not None:
+        path.write_text(content)
+    more = ("--text-encoder", tmp_path) if option == "--captions" else ()
+    code, text, errors = run(src, "--out", tmp_path / "out", option, path, *more)
+    assert (code, text, errors) == (2, "", f"error: {option} {path}: {message}\n")
+
+
+@pytest.mark.parametrize("option", ["--out", "--work"])
+@pytest.mark.parametrize(
+    ("folder", "reason"),
+    [("file/x", "Not a directory"), ("link", "File exists"), ("x" * 300, "File name too long"),
+     ("/proc/none/x", "No such file or directory")],
+)  # fmt: skip
+def test_a_folder_that_cannot_be_made_is_told_with_its_option(
+    sample_dir: Path, tmp_path: Path, run: Run, option: str, folder: str, reason: str
+) -> None:
+    src, given = take(sample_dir, tmp_path / "src", 1), tmp_path / folder
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    folders = {"--out": tmp_path / "out", option: given}
+    code, text, errors = run(src, *(part for pair in folders.items() for part in pair))
+    assert (code, text) == (2, "")
+    assert errors == f"error: {option} {given}: {reason}: expected a folder that can be made and written to\n"
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])

@@ -46,6 +46,22 @@ def root(tmp_path: Path) -> Path:
     )
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [("verify", "URL"), ("inspect", "URL", "key"), ("stats", "URL"), ("split", "URL", "out", "--validation", "0.5"),
+     ("drop", "URL", "out", "--key", "a"), ("drop", "set", "URL", "--key", "a"), ("merge", "out", "set", "URL"),
+     ("merge", "URL", "set", "set"), ("upgrade", "URL", "out"), ("upgrade", "set", "URL"),
+     ("build", "set", "--out", "URL")],
+)  # fmt: skip
+def test_a_url_is_told_from_a_folder(root: Path, run: Run, monkeypatch: pytest.MonkeyPatch, arguments: Any) -> None:
+    """As it was given, but without its secrets; and none becomes a folder called "https:"."""
+    monkeypatch.chdir(root.parent)
+    code, out, err = run(*("https://me:pass@host/set?key=1" if one == "URL" else one for one in arguments))
+    assert code == 2 and out == ""
+    assert err == "error: https://host/set: a URL: expected a folder of this machine\n"
+    assert [path.name for path in root.parent.iterdir()] == ["set"]
+
+
 def damage(tar: Path, text: bytes = b"licence") -> None:
     data = bytearray(tar.read_bytes())
     data[data.index(text)] ^= 1

@@ -17,7 +17,7 @@ case "$1 $2" in
   "-m venv") rm -rf "$4"; mkdir -p "$4/bin"; cp "$0" "$4/bin/python"; echo "venv" >>"$LOG" ;;
   "-m pip") echo "DS_BUILD_OPS=${DS_BUILD_OPS:-} $*" >>"$LOG"; exit "${PIP_FAILS:-0}" ;;
   "-c import"*) case "$2" in *print*) echo "/base 3.11" ;; esac; exit "${UNSUITABLE:-0}" ;;
-  *) echo "run $*" >>"$LOG" ;;
+  *) echo "run $*" >>"$LOG"; [[ "$*" != "${FAILS:-}" ]] ;;
 esac
 """
 
@@ -128,6 +128,27 @@ def test_train_goes_through_the_launcher(machine: Machine) -> None:
     machine.run("setup")
     machine.run("train", "a.json", "--out", "b")
     assert machine.calls() == ["run -P -m tools.launch_local --run a.json --out b"]
+
+
+TESTS = ["-m ruff check .", "-m ruff format --check .", "-m mypy", "-m pytest -n 2 --dist loadfile -k some"]
+
+
+def test_test_goes_from_the_quick_to_the_slow(machine: Machine) -> None:
+    machine.run("setup", "faces", "speech", "wan", "dev")
+    assert machine.run("test", "-k", "some").returncode == 0
+    assert machine.calls() == [f"run {arguments}" for arguments in TESTS]
+
+
+@pytest.mark.parametrize(
+    ("number", "what"),
+    [(0, "the linter found something"), (1, "files are not formatted (ruff format . does it)"),
+     (2, "the type checker found something")],
+)  # fmt: skip
+def test_test_ends_at_what_fails(machine: Machine, number: int, what: str) -> None:
+    machine.run("setup", "faces", "speech", "wan", "dev")
+    result = machine.run("test", "-k", "some", FAILS=TESTS[number])
+    assert (result.returncode, result.stderr) == (1, f"run.sh: test: {what}\n")
+    assert machine.calls() == [f"run {arguments}" for arguments in TESTS[: number + 1]]
 
 
 def test_unsuitable_python_is_one_line(machine: Machine) -> None:

@@ -24,13 +24,15 @@ NOTHING = range(0)
 
 
 class Damaged(NamedTuple):
-    """A clip that could not be read: the step (from 0) that met it, its key, the reason with shard and member, and the
-    bucket (number of its set)."""
+    """A clip that could not be read: the step (from 0) that met it, the bucket (number of its set), the file of the set
+    (the tar, or that of its checksums), its key, what of it is wrong there (`ShardError.member`), the whole message."""
 
     step: int
+    bucket: int
+    shard: str
     key: str
+    member: str
     reason: str
-    bucket: int = 0
 
 
 class StepRead(NamedTuple):
@@ -98,7 +100,7 @@ class StepReader:
         sizes = map(bucket_size, hashes, readers, deal.data.lengths)
         self._order = BucketOrder(list(sizes), deal.seed)
         self._beyond = -(-deal.context // AUDIO_FRAMES)  # latent frames of sound that the last window looks into
-        self._unreadable: dict[tuple[int, int], str] = {}  # bucket and index of a clip: reason
+        self._unreadable: dict[tuple[int, int], Damaged] = {}  # bucket and index of a clip
         read = partial(_read_clip, self._readers, deal.data.lengths, self._beyond)
         self._ahead = ReadAhead(read, max(reader.source.at_once for reader in readers))
 
@@ -142,12 +144,14 @@ class StepReader:
                 except (RemoteError, MachineError):  # not the clip's fault, nor that of every rank
                     raise
                 except ShardError as error:
-                    self._unreadable[clip] = str(error)
+                    key = reader.key(choice.index)
+                    found = Damaged(step, choice.bucket, error.shard, key, error.member, str(error))
+                    self._unreadable[clip] = found
             # Told of in every step that meets it: another process may have met it first, in a later step.
-            reason = self._unreadable[clip]
-            met.setdefault(clip, Damaged(step, reader.key(choice.index), reason, choice.bucket))
+            found = self._unreadable[clip]._replace(step=step)
+            met.setdefault(clip, found)
             if len(self._unreadable) > self._deal.data.max_damaged:
-                raise ShardError(reason)
+                raise ShardError(found.reason)
         raise ShardError(f"{reader.source}: all {len(reader)} clips of the split are damaged: expected some")
 
 

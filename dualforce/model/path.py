@@ -23,6 +23,7 @@ from megatron_ext.parallel.ulysses import frames_to_heads, gather_frames, heads_
 
 VIDEO, STRUCT, STRUCT_TO_VIDEO, VIDEO_TO_STRUCT = "video", "struct", "struct_to_video", "video_to_struct"
 
+
 class Site(NamedTuple):
     """One attention of the model."""
 

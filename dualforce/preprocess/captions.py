@@ -20,6 +20,8 @@ from dualforce.codecs.text_umt5 import clean, padded
 from dualforce.preprocess.features import Extracted
 from dualforce.preprocess.per_video import PerVideoError, read_per_video
 
+MAX_CAPTION = 10_000  # characters; the encoder reads 512 tokens
+
 
 class CaptionError(PerVideoError):
     """A file of captions that cannot be used; one line for the user."""
@@ -37,9 +39,9 @@ def read_captions(path: Path, sources: Iterable[str]) -> dict[str, str]:
     """Caption of every one of `sources`, from a file as `read_per_video` reads it.
 
     Raises ConfigError for a file that is no JSON object, CaptionError for a video that it does not name, or whose
-    caption is not a text: with captions in a set, each of its videos has one.
+    caption is not a text or longer than MAX_CAPTION: with captions in a set, each of its videos has one.
     """
-    return read_per_video(path, sources, "--captions", "a text", CaptionError)
+    return read_per_video(path, sources, "--captions", "a text", MAX_CAPTION, CaptionError)
 
 
 def embed_captions(

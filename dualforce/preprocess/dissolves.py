@@ -20,18 +20,8 @@ from dualforce.codecs.protocols import Pixels
 
 SIDE = 64  # grey pictures are shrunk to this, whatever their shape,
 BLOCK = 8  # and looked at in blocks of this side
-SPANS = (
-    6,
-    8,
-    10,
-    13,
-    17,
-    22,
-    28,
-    36,
-    45,
-    51,
-)  # pixel frames from end to end: dissolves of 0.2 to 2 s; longer ones in part
+# Pixel frames from end to end: dissolves of 0.2 to 2 s; longer ones in part.
+SPANS = (6, 8, 10, 13, 17, 22, 28, 36, 45, 51)
 CHANGE = 20.0  # a block changes by at least this much from end to end, root mean square, 0 to 255,
 OFF = ((13, 0.12), (22, 0.14), (51, 0.16))  # and is off the line by less than this share of it, in spans up to so many
 ALIKE = 0.5  # correlation of the gradients of the ends, from which on they show one shot; two shots: mostly below 0.3

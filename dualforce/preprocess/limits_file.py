@@ -17,16 +17,16 @@ _LARGEST = {"seconds": 3600.0, "face_share": 2.0, "yaw_degrees": 180.0, "sharpne
 def read_limits(path: Path) -> Limits:
     """The limits of a file; what it does not name is as in `Limits`. Raises ConfigError (one line: file, key, value,
     expectation) for a file that is no JSON object, an unknown key, another type, or a value out of range."""
-    content = read_json(path)
+    content = read_json(path, "--limits")
     known = {field.name: field.default for field in fields(Limits)}
     for key, value in content.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
-            raise ConfigError(f"{path}: unknown key {key!r}: {hint}")
+            raise ConfigError(f"--limits {path}: unknown key {key!r}: {hint}")
         expected = _expected(key, value, known[key])
         if expected:
-            raise ConfigError(f"{path}: {key}: {str(value)[:40]!r}: expected {expected}")
+            raise ConfigError(f"--limits {path}: {key}: {str(value)[:40]!r}: expected {expected}")
     return replace(Limits(), **content)
 
 

@@ -43,11 +43,13 @@ def find_motion(src: Path, videos: list[Path], options: BuildOptions) -> MotionS
             f"{name_of(without[0], src)}: no sidecar beside it, hence motion of tag {motion_landmarker.TAG!r}, but "
             f"{len(videos) - len(without)} videos have sidecars of tag {motion.tag!r}: expected one tag in a shard set"
         )
-    if options.motion_extractor is not None:
-        raise BuildError(
-            f"--motion-extractor {options.motion_extractor}: the videos have sidecars with motion of tag "
-            f"{motion.tag!r}: expected one source of motion"
-        )
+    models = {"--motion-extractor": options.motion_extractor, "--face-landmarker": options.face_landmarker}
+    for option, model in models.items():
+        if model is not None:
+            raise BuildError(
+                f"{option} {model}: the videos have sidecars with motion of tag {motion.tag!r}: expected one source of "
+                "motion"
+            )
     entry = {"tag": motion.tag, "width": len(motion.names), "names": list(motion.names)}
     return MotionSource(entry, sidecars, identities, broken)
 

@@ -23,7 +23,7 @@ from data_shards.manifest import MANIFEST_NAME
 from data_shards.schema import ClipSample
 from data_shards.shard import own_files, remove_own_files
 from dualforce.codecs.media import MediaError, duration
-from dualforce.preprocess.errors import BuildError
+from dualforce.preprocess.errors import BuildError, is_disk_full
 from dualforce.preprocess.job import Job, Outcome, rejection
 from dualforce.preprocess.lock import locked
 from dualforce.preprocess.models import Models
@@ -89,16 +89,18 @@ def open_work(out: Path, kept: Path | None) -> Iterator[Work]:
     """The work of a build into `out`, held against other builds: in `out` itself and removed at the end, or with
     results in the folder `kept`, which stay. After an error finished results stay in either case.
 
-    Raises BuildError when another build is at work in one of the folders, and when `out` holds shards that no build
-    here has left: a build removes what an earlier start has moved there.
+    Raises BuildError for a folder that cannot be made, when another build is at work in one of them, and when `out`
+    holds shards that no build here has left: a build removes what an earlier start has moved there.
     """
     own = out / FOLDER
-    _check_out(out)
     with ExitStack() as stack:
-        stack.enter_context(locked(own, out))
+        with _told_of("--out", out):
+            _check_out(out)
+            stack.enter_context(locked(own, out))
         base = own
         if kept is not None:
-            stack.enter_context(locked(kept, kept))
+            with _told_of("--work", kept):
+                stack.enter_context(locked(kept, kept))
             base = kept
         results = base / RESULTS
         texts = base / TEXTS
@@ -118,6 +120,18 @@ def open_work(out: Path, kept: Path | None) -> Iterator[Work]:
                 if not (out / MANIFEST_NAME).exists():
                     remove_own_files(out)  # half a set, which without the folder would be taken for somebody else's
                 shutil.rmtree(own, ignore_errors=True)
+
+
+@contextmanager
+def _told_of(option: str, folder: Path) -> Iterator[None]:
+    """Faults of the system are BuildErrors that name the option; a full disk stays one."""
+    try:
+        yield
+    except OSError as error:
+        if is_disk_full(error):
+            raise
+        reason = f"{option} {folder}: {error.strerror}"
+        raise BuildError(f"{reason}: expected a folder that can be made and written to") from None
 
 
 def _check_out(out: Path) -> None:

@@ -100,9 +100,7 @@ class _Clock:
         return values
 
 
-def _log(
-    job: Job, metrics: StepMetrics, clock: _Clock, step: int, steps: int, norm: Any, damage: DamageReport
-) -> None:
+def _log(job: Job, metrics: StepMetrics, clock: _Clock, step: int, steps: int, norm: Any, damage: DamageReport) -> None:
     values = metrics.read(steps)  # waits for the device, so the seconds below are the device's
     values["damaged_clips"] = damage.check(step)
     seconds, waited = clock.read(steps)

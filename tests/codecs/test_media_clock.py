@@ -98,6 +98,6 @@ def test_runs_lie_where_their_times_say(runs: list[tuple[int, int]], zero: Fract
 def test_sound_that_stays_away_for_hours_is_refused() -> None:
     one = np.ones(16_000, np.float32)
     assert place_sound([(Fraction(0), one), (Fraction(3600), one)], Fraction(0)).gap == 3599
-    for first in (Fraction(0), Fraction(-10**7)):
+    for first in (Fraction(0), Fraction(-(10**7))):
         with pytest.raises(ClockError, match="no sound for 1000000"):
             place_sound([(first, one), (Fraction(10**6) + max(0, first + 1), one)], Fraction(0))

@@ -129,6 +129,7 @@ def test_damage_is_replaced_counted_and_told_alike(tmp_path: Path, most: int, co
         assert "; 2 before it: expected no more than data.max_damaged" in str(alone[2])
     if most == 3:
         assert [len(step) for step in alone[0]] == [12] * 6
+        assert {(one.shard, one.member) for one in alone[1]} == {("train-000000.tar", "video")}
         assert len({one.key for one in alone[1]}) == 3 and min(one.step for one in alone[1]) == 0
     assert not loaders()
 

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import random
 import shutil
 import warnings
@@ -15,6 +17,7 @@ from pathlib import Path
 import pytest
 import webdataset
 from helpers.fake_shards import write_fake_shards
+from helpers.shard_edits import change_rows, locate, replace_bytes, sums_name
 
 from data_shards.reader import ShardSet
 from data_shards.schema import ShardError
@@ -111,6 +114,59 @@ def test_a_manifest_edited_by_hand_opens_but_is_not_verified(root: Path) -> None
     path.write_text(json.dumps(document, indent=1) + "\n")
     step, message = found_by(root)
     assert step == "open" and "manifest.json: sha256: " in message
+
+
+def flip(root: Path, name: str, position: int) -> None:
+    data = bytearray((root / name).read_bytes())
+    data[position] ^= 4
+    (root / name).write_bytes(data)
+
+
+def other_identity(root: Path) -> None:
+    clip = locate(root)[1]
+    data = (root / TAR).read_bytes()[clip.record.offset :][: clip.record.size]
+    replace_bytes(root, TAR, 1, "record", data.replace(b'"identity":', b'"identitx":', 1))
+
+
+# What happens to the second clip, the file in which that is seen, and what of the clip is wrong there.
+PLACES = {
+    "record": (lambda root: flip(root, TAR, locate(root)[1].record.offset), TAR, "train-0001.json"),
+    "identity": (other_identity, TAR, "train-0001.json"),
+    "tensor": (lambda root: flip(root, TAR, locate(root)[1].tensors["struct"].offset), TAR, "struct"),
+    "truncated": (lambda root: os.truncate(root / TAR, locate(root)[1].record.offset), TAR, "train-0001.json"),
+    "gone": (lambda root: (root / TAR).unlink(), TAR, ""),
+    "other-sums": (lambda root: change_rows(root, TAR, lambda rows: rows.__setitem__((1, 0), 7)), TAR,
+                   "train-0001.json"),
+    "sums": (lambda root: flip(root, sums_name(TAR), -1), sums_name(TAR), "checksums"),
+    "no-sums": (lambda root: (root / sums_name(TAR)).unlink(), sums_name(TAR), ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("frames", [None, 2])
+@pytest.mark.parametrize("case", PLACES)
+def test_a_fault_of_a_clip_carries_its_file_and_member(root: Path, case: str, frames: int | None) -> None:
+    """By themselves and not only in its text, also from process to process."""
+    change, shard, member = PLACES[case]
+    reader = None
+    if case not in ("identity", "other-sums"):  # opened before the files change: opening would find it
+        reader = ShardSet.open(root).split("train")
+    change(root)
+    reader = reader or ShardSet.open(root).split("train")
+    with pytest.raises(ShardError) as caught:
+        reader.read(1 if case != "sums" else 2, frames)
+    for error in (caught.value, pickle.loads(pickle.dumps(caught.value))):
+        assert (error.shard, error.member) == (shard, member) and str(error) == str(caught.value)
+        assert f"{root / shard}: " in str(error)
+
+
+@pytest.mark.parametrize(("place", "member"), [("record", "train-0001.json"), ("payload", "train-0001.safetensors")])
+def test_a_fault_of_the_tar_is_one_of_the_member(root: Path, place: str, member: str) -> None:
+    """Its headers, which are looked at with the whole clip."""
+    reader, clip = ShardSet.open(root).split("train"), locate(root)[1]
+    flip(root, TAR, getattr(clip, place).offset - 512)
+    with pytest.raises(ShardError, match="another tar header") as caught:
+        reader.read(1)
+    assert (caught.value.shard, caught.value.member) == (TAR, member)
 
 
 def read_plainly(tar: Path, go_on: bool) -> list[tuple[bytes, bytes]] | None:

@@ -163,9 +163,7 @@ def test_full_attention_of_many_queries_to_few_keys(backend: Any, keys: int) -> 
     """Text: the queries are cut into parts, and the gradients of the keys added up (bounds as above)."""
     source = torch.Generator("cuda").manual_seed(2)
     shapes = ((1, 8192, 4, 128), (1, keys, 4, 128), (1, keys, 4, 128))
-    q, k, v = (
-        torch.randn(s, generator=source, device="cuda", dtype=torch.bfloat16).requires_grad_() for s in shapes
-    )
+    q, k, v = (torch.randn(s, generator=source, device="cuda", dtype=torch.bfloat16).requires_grad_() for s in shapes)
     weight = torch.randn_like(q)
     out = backend.attend(q, k, v)
     found = [out, *torch.autograd.grad((out * weight).sum(), (q, k, v))]

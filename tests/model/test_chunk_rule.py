@@ -68,4 +68,3 @@ def test_an_example() -> None:
     assert plan.runs == ((0, 1), (1, 3), (3, 5), (5, 7))
     assert plan.visible == (((0, 1),), ((0, 3),), ((0, 5),), ((0, 1), (3, 7)))
     assert plan.pairs(10, 3) == 10 * 3 * (1 + 2 * 3 + 2 * 5 + 2 * 5)
-

@@ -134,6 +134,8 @@ def test_a_later_build_loads_no_text_encoder_for_known_texts(
         ({}, "--captions .*: 'a' and 1 more are missing"),
         ({"a": "x", "b": " "}, "'b': ' ': expected a text"),
         ({"a": "x", "b": 3}, "'b': 3: expected a text"),
+        ({"a": "x", "b": [3] * 999}, "'b': list of 999: expected a text"),
+        ({"a": "x", "b": "y" * 10_001}, "--captions .*: 'b': 10001 characters: expected at most 10000"),
     ],
 )
 def test_a_video_without_caption_is_one_line(clips: Path, tmp_path: Path, content: Any, message: str) -> None:

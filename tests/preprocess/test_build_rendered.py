@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +173,15 @@ def test_motion_without_source_or_from_two(tmp_path: Path) -> None:
         build_shards(tmp_path / "v", tmp_path / "out", ONE)
     with pytest.raises(CodecError, match="no such file"):
         build_shards(tmp_path / "v", tmp_path / "out", BuildOptions(face_landmarker=tmp_path / "none.task"))
+
+
+@pytest.mark.parametrize("option", ["face_landmarker", "motion_extractor"])
+def test_models_of_motion_beside_sidecars_are_refused(tmp_path: Path, option: str) -> None:
+    """Nothing would be done with them: not even whether the file is there would be told."""
+    clip(tmp_path / "v", "a", seed=1)
+    name = f"--{option.replace('_', '-')}"
+    with pytest.raises(BuildError, match=rf"^{name} {tmp_path}/x: .* of tag 'test-v1': expected one source of motion$"):
+        build_shards(tmp_path / "v", tmp_path / "out", replace(ONE, **{option: tmp_path / "x"}))
 
 
 def test_a_folder_with_shards_is_left_alone(mixed: Path, built: tuple[BuildReport, Path]) -> None:

@@ -174,9 +174,7 @@ def test_audio_of_a_window_is_that_of_the_whole_track(tmp_path: Path) -> None:
     # Latent frame j >= 1 holds 50 Hz frames 8j-6 .. 8j+1 of the window, which starts at frame 162 of the video.
     assert torch.equal(audio.data[5], whole[162 + 34 : 162 + 42].half())
     assert torch.equal(audio.data[20, -1], whole[162 + 161].half())
-    assert torch.equal(audio.data[0, 6], whole[162].half()) and torch.equal(
-        audio.data[0, 7], whole[163].half()
-    )
+    assert torch.equal(audio.data[0, 6], whole[162].half()) and torch.equal(audio.data[0, 7], whole[163].half())
 
 
 def test_sidecar_motion_of_a_window() -> None:

@@ -171,7 +171,7 @@ def test_wrong_files_of_limits_are_one_line(content: str, message: str, tmp_path
     with pytest.raises(ConfigError) as caught:
         read_limits(path)
     text = str(caught.value)
-    assert text.startswith(f"{path}: ") and message in text and "\n" not in text and len(text) < 400
+    assert text.startswith(f"--limits {path}: ") and message in text and "\n" not in text and len(text) < 400
 
 
 def test_missing_file_of_limits(tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from dualforce.train.damage import Clip, DamageError, DamageReport
 from megatron_ext.parallel.grid import ProcessGrid
 
 CPU = torch.device("cpu")
-A, B = Damaged(2, "train-0001", "x.tar: sample 'train-0001': video: 1: expected 2"), Damaged(5, "train-0004", "y")
-OTHER = Damaged(4, "train-0001", "z", bucket=1)  # of the same name in another set
+A = Damaged(2, 0, "x.tar", "train-0001", "video", "shards/x.tar: sample 'train-0001': video: 1: expected 2")
+B = Damaged(5, 0, "y.sums.safetensors", "train-0004", "checksums", "y")
+OTHER = Damaged(4, 1, "x.tar", "train-0001", "", "z")  # of the same name in another set
 
 
 def report(
@@ -60,7 +61,11 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_each_is_told_once_when_its_step_is_done(tmp_path: Path) -> None:
     checked = report(tmp_path, [A, B], ProcessGrid.single())
     assert [checked.check(steps) for steps in (2, 3, 5, 6, 9)] == [0, 1, 1, 2, 2]
-    assert lines(tmp_path) == [A, B] and checked.clips == [(0, "train-0001"), (0, "train-0004")]
+    assert lines(tmp_path) == [A, B]
+    line = json.loads((tmp_path / "damaged-00000.jsonl").read_text().splitlines()[0])
+    assert line.pop("reason") == A.reason
+    assert line == {"step": 2, "bucket": 0, "shard": "x.tar", "key": "train-0001", "member": "video"}
+    assert checked.clips == [(0, "train-0001"), (0, "train-0004")]
 
 
 def test_nothing_is_written_where_nothing_may_be_damaged(tmp_path: Path) -> None:

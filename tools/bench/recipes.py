@@ -147,5 +147,3 @@ def _dense_mask(q: Tensor, k: Tensor, v: Tensor, plan: FramePlan) -> Tensor:
     flat_q, flat_k, flat_v = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
     out = nn.functional.scaled_dot_product_attention(flat_q, flat_k, flat_v, attn_mask=mask)
     return out.transpose(1, 2).unflatten(1, q.shape[1:3])
-
-

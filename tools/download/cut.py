@@ -1,13 +1,15 @@
 """Cutting a span out of a video file and cropping it: H.264 and AAC in mp4, at the rates of the source.
 
 A picture belongs to the span [start, end) when its presentation time does. The first one becomes time zero of the clip,
-for the sound as well, so that picture and sound keep their offset. Pixels are copied, not scaled.
+for the sound as well, so that picture and sound keep their offset. Pixels are copied, not scaled; those of interlaced
+pictures are made whole before, as a crop knows nothing of fields.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -16,6 +18,8 @@ from typing import Any
 import numpy as np
 
 from dualforce.codecs import media
+from dualforce.codecs.media.interlaced import Progressive
+from dualforce.codecs.media_clock import Timed
 from dualforce.types import FPS
 from tools.download.reasons import ClipFailure, Reason
 from tools.download.records import Box, CropRule
@@ -77,6 +81,7 @@ class _Cutter:
         self.audio = read.streams.best("audio")
         # Times are rounded to the container's own tick: half a tick early still counts as on time.
         self.slack = min(Fraction(self.video.time_base) / 2, Fraction(1, 1000))
+        self.whole = Progressive()
         self.pictures: _Pictures | None = None
         self.sound: _Sound | None = None
         if self.audio is not None:
@@ -92,11 +97,12 @@ class _Cutter:
         for packet in self.read.demux(streams):
             for frame in packet.decode():
                 if packet.stream.type == "video":
-                    self._picture(frame)
+                    self._show(self.whole.feed(Timed(frame, _time(frame), None)))
                 else:
                     self._sound(frame)
             if self.picture_end and (self.sound_end or self.audio is None):
                 return
+        self._show(self.whole.rest())
 
     def finish(self) -> CutInfo:
         """Flush both encoders. Raises ClipFailure when too much of the span is missing."""
@@ -111,8 +117,12 @@ class _Cutter:
             gap = self.sound.finish(min(self.span.end, pictures.stop) - pictures.zero)
         return pictures.finish(gap)
 
-    def _picture(self, frame: Any) -> None:
-        time = _time(frame)
+    def _show(self, pictures: Iterable[Timed[Any]]) -> None:
+        for picture in pictures:
+            if picture.time is not None:  # `_time` has seen to it
+                self._picture(picture.item, picture.time)
+
+    def _picture(self, frame: Any, time: Fraction) -> None:
         if time < self.span.start - self.slack:
             return
         if time >= self.span.end - self.slack:
@@ -121,7 +131,7 @@ class _Cutter:
             self.sound_end |= time > self.span.end + OVERRUN
             return
         if self.pictures is None:
-            self.pictures = _Pictures(self.written, self.video, frame, self.rule)
+            self.pictures = _Pictures(self.written, self.video, frame, time, self.rule)
             for block in self.pending:
                 self._sound(block)
             self.pending = []
@@ -144,7 +154,7 @@ class _Cutter:
 class _Pictures:
     """The picture stream of a clip."""
 
-    def __init__(self, written: Any, source: Any, first: Any, rule: CropRule) -> None:
+    def __init__(self, written: Any, source: Any, first: Any, time: Fraction, rule: CropRule) -> None:
         if first.rotation:
             raise ClipFailure(Reason.DECODE, f"pictures are turned by {first.rotation} degrees: expected upright ones")
         box = rule.box(first.width, first.height)
@@ -161,7 +171,7 @@ class _Pictures:
         context.color_primaries, context.color_trc = given.color_primaries, given.color_trc
         if source.sample_aspect_ratio:
             context.sample_aspect_ratio = source.sample_aspect_ratio
-        self.zero = self.last = _time(first)
+        self.zero = self.last = time
         self.count = 0
 
     @property

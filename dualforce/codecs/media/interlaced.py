@@ -27,26 +27,39 @@ def check_whole(frame: Any, codec: str) -> None:
 
 
 def progressive(pictures: Iterable[Timed[Any]]) -> Iterator[Timed[Any]]:
-    """The decoded frames of one stream without combing.
+    """The decoded frames of one stream without combing (`Progressive`)."""
+    work = Progressive()
+    for picture in pictures:
+        done = work.feed(picture)
+        del picture  # so that it is not held here while the next one is decoded
+        while done:
+            yield done.pop(0)
+    yield from work.rest()
+
+
+class Progressive:
+    """The decoded frames of one stream without combing, where they come one by one.
 
     Frames before the first interlaced one are handed through as they are; from there on, up to a change of size or
     format, each is held until the next one is known, which bwdif looks at.
     """
-    work: _Deinterlacer | None = None
-    for picture in pictures:
-        if work is not None and not work.fits(picture.item):
-            yield from work.rest()
-            work = None
-        if work is None and picture.item.interlaced_frame:
-            work = _Deinterlacer(picture.item)
-        if work is None:
-            passed = [picture]
-            del picture  # so that it is not held here while the next one is decoded
-            yield passed.pop()
-        else:
-            yield from work.feed(picture)
-    if work is not None:
-        yield from work.rest()
+
+    def __init__(self) -> None:
+        self._work: _Deinterlacer | None = None
+
+    def feed(self, picture: Timed[Any]) -> list[Timed[Any]]:
+        """What is done once this picture is known; none of it is held here any more."""
+        done = []
+        if self._work is not None and not self._work.fits(picture.item):
+            done = self.rest()
+        if self._work is None and picture.item.interlaced_frame:
+            self._work = _Deinterlacer(picture.item)
+        return [*done, picture] if self._work is None else [*done, *self._work.feed(picture)]
+
+    def rest(self) -> list[Timed[Any]]:
+        """What is left at the end."""
+        work, self._work = self._work, None
+        return [] if work is None else list(work.rest())
 
 
 class _Deinterlacer:
