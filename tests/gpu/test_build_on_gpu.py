@@ -7,15 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.set_files import set_bytes
 
 from data_shards.reader import ShardSet
 from dualforce.preprocess.build import BuildOptions, build_shards
 
 pytestmark = pytest.mark.gpu
-
-
-def set_bytes(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in out.iterdir() if not path.name.startswith("report.")}
 
 
 def test_builds_on_gpus(tmp_path: Path, sample_dir: Path, whisper_folder: Path) -> None:

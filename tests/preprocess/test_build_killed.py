@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.set_files import set_bytes
 
 from data_shards.check import find_faults
 
@@ -38,10 +39,6 @@ def killed_builds(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr[-3000:]
     told: dict[str, Any] = json.loads(done.stdout)
     return told
-
-
-def set_bytes(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in out.iterdir() if not path.name.startswith("report.")}
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.clips import sidecar_json, textured, tone, write_sidecar
+from helpers.set_files import set_bytes
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,11 +35,6 @@ def clip(folder: Path, name: str, *, frames: int = 85, seed: int = 0, amplitude:
     write_video(path, textured(frames, seed=seed), None if amplitude is None else tone(frames + 2, amplitude))
     write_sidecar(path, sidecar_json(frames, identity=f"person {name}"))
     return path
-
-
-def set_bytes(out: Path) -> dict[str, bytes]:
-    """Files of the set by name: the report tells of times."""
-    return {path.name: path.read_bytes() for path in out.iterdir() if not path.name.startswith("report.")}
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.clips import sidecar_json, textured, tone, write_sidecar
+from helpers.set_files import set_bytes
 
 from data_shards.reader import ShardSet
 from dualforce.codecs.face_box import square_crop
@@ -68,10 +69,6 @@ def processed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], i
     monkeypatch.setattr(pool, "_context", lambda module: multiprocessing.get_context("fork"))
     monkeypatch.setattr(work, "process_video", counted)
     return take
-
-
-def set_bytes(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in out.iterdir() if not path.name.startswith("report.")}
 
 
 def stopped(monkeypatch: pytest.MonkeyPatch, src: Path, out: Path, options: BuildOptions = OPTIONS) -> None:
