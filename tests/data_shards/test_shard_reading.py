@@ -14,7 +14,7 @@ from safetensors.torch import save
 
 import data_shards.clip
 import data_shards.files
-from data_shards.files import Folder
+from data_shards.files import Folder, parse_json
 from data_shards.reader import ShardReader, ShardSet
 from data_shards.schema import ShardError
 
@@ -79,12 +79,14 @@ def test_values_are_judged_once_and_bytes_each_time(tmp_path: Path, looked_at: l
     reader.read(0, 5, 2)
     first = len(looked_at)
     assert first
-    for frames, beyond in ((5, 2), (4, 3), (1, 0)):
+    for frames, beyond in ((5, 2), (4, 3), (1, 0), (5, 2)):
         reader.read(0, frames, beyond)
     assert len(looked_at) == first
     reader.read(1, 5, 2)
     reader.read(0, 4, 4)  # more sound than before
     assert len(looked_at) == 3 * first
+    reader.read(0, 5, 3)
+    assert len(looked_at) == 3 * first  # five frames at first, then eight of sound
     data, at = (root / TAR).read_bytes(), clip.tensors["video"].offset
     (root / TAR).write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
     with pytest.raises(ShardError, match="damaged data"):
@@ -127,12 +129,43 @@ def test_reads_that_bring_less_than_was_asked_for(tmp_path: Path, monkeypatch: p
             part = part[count:]
         return 7 - len(part)
 
-    monkeypatch.setattr(data_shards.files, "_read_some", short)
+    monkeypatch.setattr(os, "preadv", short)
     rooms = [bytearray(size) for size in (3, 0, 90, 5, 200)]
     starts = [10, 13, 13, 103, 108]
     ranges = [(start, memoryview(room)) for start, room in zip(starts, rooms, strict=True)]
     assert Folder(tmp_path).fill("x", ranges) == [3, 0, 90, 5, 200]
     assert b"".join(rooms) == data[10:308]
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="no list of open files here")
+def test_no_file_stays_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def handles() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    def fail(*_: object) -> int:
+        raise OSError(5, "Input/output error")
+
+    (tmp_path / "x").write_bytes(b"abc")
+    os.mkfifo(tmp_path / "pipe")
+    folder, room = Folder(tmp_path), memoryview(bytearray(3))
+    before = handles()
+    assert folder.fill("x", [(0, room)]) == [3]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", fail)
+        with pytest.raises(ShardError, match="x: Input/output error"):
+            folder.fill("x", [(0, room)])
+    with monkeypatch.context() as patch:
+        patch.setattr(data_shards.files, "_plain", lambda *_: None)  # it was a file when it was looked at
+        with pytest.raises(ShardError, match="pipe: a folder, pipe, socket or device"):
+            folder.fill("pipe", [(0, room)])
+    assert handles() == before
+
+
+@pytest.mark.parametrize("text", ["1e999", "-1e400", "[0.5, 1e309]", "1" + 400 * "0" + ".0"])
+def test_numbers_that_are_too_large_are_refused(text: str) -> None:
+    with pytest.raises(ShardError, match="expected JSON"):
+        parse_json(b'{"a": ' + text.encode() + b"}", "x")
+    assert parse_json(b'{"a": [1e308, -1e308, 1e-400, 0.0, -0.0]}', "x")["a"] == [1e308, -1e308, 0.0, 0.0, 0.0]
 
 
 def test_long_clips_need_no_more_memory_for_their_plan(tmp_path: Path) -> None:
