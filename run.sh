@@ -112,7 +112,7 @@ case $verb in
   train) setup data; run_module tools.launch_local --run "$@" ;;
   resume) setup data; run_module tools.launch_local --resume --run "$@" ;;
   generate | export) setup data; exec "$venv/bin/dualforce" "$verb" "$@" ;;
-  test) setup data faces speech wan dev; run_tests "$@" ;;
+  test) setup data download faces speech wan dev; run_tests "$@" ;;
   help | -h | --help) usage ;;
   *) usage >&2; fail "unknown command '$verb'" 2 ;;
 esac

@@ -134,7 +134,7 @@ TESTS = ["-m ruff check .", "-m ruff format --check .", "-m mypy", "-m pytest -n
 
 
 def test_test_goes_from_the_quick_to_the_slow(machine: Machine) -> None:
-    machine.run("setup", "faces", "speech", "wan", "dev")
+    machine.run("setup", "download", "faces", "speech", "wan", "dev")
     assert machine.run("test", "-k", "some").returncode == 0
     assert machine.calls() == [f"run {arguments}" for arguments in TESTS]
 
@@ -145,7 +145,7 @@ def test_test_goes_from_the_quick_to_the_slow(machine: Machine) -> None:
      (2, "the type checker found something")],
 )  # fmt: skip
 def test_test_ends_at_what_fails(machine: Machine, number: int, what: str) -> None:
-    machine.run("setup", "faces", "speech", "wan", "dev")
+    machine.run("setup", "download", "faces", "speech", "wan", "dev")
     result = machine.run("test", "-k", "some", FAILS=TESTS[number])
     assert (result.returncode, result.stderr) == (1, f"run.sh: test: {what}\n")
     assert machine.calls() == [f"run {arguments}" for arguments in TESTS[: number + 1]]

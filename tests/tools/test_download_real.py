@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import functools
 import http.server
-import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -24,10 +22,7 @@ from tools.download.cut import Span, cut
 from tools.download.records import PixelRule
 from tools.download.ytdlp import Request, YtDlp, finished
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("yt_dlp") is None or shutil.which("ffmpeg") is None,
-    reason="yt-dlp (extra: download) or ffmpeg is not installed",
-)
+pytestmark = pytest.mark.usefixtures("ffmpeg")
 RULE = PixelRule(Fraction(40), Fraction(30), Fraction(168), Fraction(126), 144)
 NTSC = Fraction(30_000, 1001)
 BEEP = 9
