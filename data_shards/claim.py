@@ -1,11 +1,14 @@
 """Which files in a folder are those of a set that is being written there, so that whoever writes removes no others.
 
 A mark in the folder names the shards that are begun, each before its first file. What a killed process has left is told
-by it: the next one that writes there clears that away, and refuses shards that the mark does not name.
+by it: the next one that writes there clears that away, and refuses shards that the mark does not name. The first line
+is of one writer alone: one that was taken for killed sees that the folder is another's now, and leaves it as it is.
 """
 
 from __future__ import annotations
 
+import os
+import uuid
 from contextlib import suppress
 from pathlib import Path
 
@@ -35,18 +38,34 @@ class Claim:
                     f"{path}: exists, without a manifest, and no interrupted build has made it: expected a new or "
                     "empty folder"
                 )
-        self.clear()
-        self._stems = set()
+        self._remove()
+        self._stems, self._own = set(), f"writer-{uuid.uuid4().hex}"
         try:
-            self.add(*_ALWAYS)
+            self._append(self._own, *_ALWAYS)
         except OSError:
-            self.clear()
+            self._remove()
             raise
 
+    def check(self) -> None:
+        """Raise ShardError where another process has claimed the folder since."""
+        if not self._is_ours():
+            raise ShardError(
+                f"{self._root}: another process writes a set here now, or has: expected a folder of its own"
+            )
+
     def add(self, *stems: str) -> None:
-        """Say that files of these shards ("train-000000") will be made."""
+        """Say that files of these shards ("train-000000") will be made. Raises ShardError as `check`."""
+        self.check()
+        self._append(*stems)
+
+    def _is_ours(self) -> bool:
+        return _read(self._mark)[:1] == [self._own]
+
+    def _append(self, *stems: str) -> None:
         with open(self._mark, "a", encoding="ascii") as file:
             file.write("".join(f"{stem}\n" for stem in stems))
+            file.flush()
+            os.fsync(file.fileno())  # as the shards are: after a power cut they are told from those of others
         self._stems.update(stems)
 
     def release(self) -> None:
@@ -54,7 +73,12 @@ class Claim:
         self._mark.unlink()
 
     def clear(self) -> None:
-        """Remove what was made of a set that does not come to be."""
+        """Remove what was made of a set that does not come to be; its manifest first, as a folder with one is whole."""
+        if self._is_ours():
+            (self._root / MANIFEST_NAME).unlink(missing_ok=True)  # there was none when the folder was claimed
+            self._remove()
+
+    def _remove(self) -> None:
         for path in own_files(self._root):
             if _stem(path) in self._stems:
                 path.unlink()

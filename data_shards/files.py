@@ -88,13 +88,14 @@ class Folder:
     def fill(self, name: str, ranges: Sequence[Range]) -> list[int]:
         """Read from each offset until its room is full; how many bytes there were, fewer where the file ends."""
         label = self._label + name
-        file = _open(self._before + name, label)
         try:
-            return _fill(file, ranges)
+            file = _open(self._before + name, label)
+            try:
+                return _fill(file, ranges)
+            finally:
+                os.close(file)
         except OSError as error:
             raise _unreadable(label, error) from None
-        finally:
-            os.close(file)
 
     def digest(self, name: str) -> str:
         """sha256 of the file."""
@@ -131,27 +132,27 @@ def _plain(path: str, label: str) -> os.stat_result:
 
 
 def _open(path: str, label: str) -> int:
-    """Descriptor of the file."""
+    """Descriptor of the file. Raises OSError too."""
     # Looked at before opening, because opening a device can act on it; and after, because it may have been replaced.
     _plain(path, label)
+    file = os.open(path, _FLAGS)
     try:
-        file = os.open(path, _FLAGS)
-    except OSError as error:
-        raise _unreadable(label, error) from None
-    if not stat.S_ISREG(os.fstat(file).st_mode):
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            raise ShardError(f"{label}: a folder, pipe, socket or device: expected a plain file")
+    except BaseException:
         os.close(file)
-        raise ShardError(f"{label}: a folder, pipe, socket or device: expected a plain file")
+        raise
     return file
 
 
 @contextmanager
 def _opened(path: str, label: str) -> Iterator[FileIO]:
     """The file without a buffer; faults of the system on the way are ShardErrors."""
-    with FileIO(_open(path, label)) as file:
-        try:
+    try:
+        with FileIO(_open(path, label)) as file:
             yield file
-        except OSError as error:
-            raise _unreadable(label, error) from None
+    except OSError as error:
+        raise _unreadable(label, error) from None
 
 
 @contextmanager

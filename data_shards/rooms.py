@@ -47,6 +47,8 @@ class Rooms:
     def _give_back(self, whole: NDArray[np.uint8]) -> None:
         # Called wherever the last tensor goes, in any thread: nothing here may wait for a lock. The sum may therefore
         # be a piece off.
+        if whole.nbytes > self._most:
+            return
         waiting = sum(size * len(pieces) for size, pieces in list(self._free.items()))
         for size, pieces in list(self._free.items()):
             while size != whole.nbytes and waiting + whole.nbytes > self._most and pieces:

@@ -61,7 +61,10 @@ def _claimed(source: Folder, manifest: Mapping[str, Any], version: int, out: Pat
     claim = Claim(out)
     try:
         claim.add(*(name.removesuffix(".tar") for split in SPLITS for name in manifest["splits"][split]["shards"]))
-        new = _written(source, manifest, version, out)
+        new, data = _written(source, manifest, version, out)
+        claim.check()
+        publish(out / MANIFEST_NAME, data)
+        sync_folder(out)
     except BaseException:
         claim.clear()
         raise
@@ -69,15 +72,13 @@ def _claimed(source: Folder, manifest: Mapping[str, Any], version: int, out: Pat
     return new
 
 
-def _written(source: Folder, manifest: Mapping[str, Any], version: int, out: Path) -> dict[str, Any]:
+def _written(source: Folder, manifest: Mapping[str, Any], version: int, out: Path) -> tuple[dict[str, Any], bytes]:
+    """All files but the manifest; the manifest, and its bytes."""
     new = _copied(source, manifest, out) if version == SHARD_VERSION else _remade(source, manifest, version, out)
     flame = _read_all(ShardSet(Folder(out, called=source.root), new))
     if flame:
         new["statistics"] = {**new["statistics"], "flame": flame}
-    new, data = sealed(new, str(out / MANIFEST_NAME))
-    publish(out / MANIFEST_NAME, data)
-    sync_folder(out)
-    return new
+    return sealed(new, str(out / MANIFEST_NAME))
 
 
 def _version_of(source: Folder) -> int:

@@ -122,10 +122,11 @@ class ShardSetWriter:
 
         `rejected` lists sources that gave no clip ({"source", "reason", "detail"}), `info` is any JSON object about the
         build. Of rejections for which a manifest has no room the numbers by reason are added to `info`.
-        Raises ShardError when the train split is empty.
+        Raises ShardError when the train split is empty, or another process has begun to write in the folder.
         """
         if not self._samples["train"] or self._lengths is None:
             raise ShardError(f"{self._root}: train: 0 samples: expected at least 1 clip to train on")
+        self._claim.check()
         for split in list(self._open):
             self._close(split)
         splits = {split: self._describe(split) for split in SPLITS}

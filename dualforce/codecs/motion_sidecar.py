@@ -23,7 +23,7 @@ from dualforce.types import FPS
 FORMAT = "dualforce-sidecar"
 VERSION = 1
 MAX_TEXT = 500  # characters of identity and licence: they stand in the record of every sample
-MAX_TAG = 200  # characters; a shard set takes no longer ones
+MAX_TAG = 200  # characters, of a name too; a shard set takes no longer tags, and has the names in its manifest
 
 
 class SidecarError(ValueError):
@@ -84,11 +84,11 @@ def read_sidecar(path: Path) -> Sidecar:
     motion = _motion(data, path)
     identity = data.get("identity")
     if not isinstance(identity, str) or not identity:
-        raise SidecarError(f"{path}: identity: {identity!r}: expected a name")
+        raise SidecarError(f"{path}: identity: {_short(identity)}: expected a name")
     _check_length(identity, MAX_TEXT, path, "identity")
     licence = data.get("licence")
     if licence is not None and not isinstance(licence, str):
-        raise SidecarError(f"{path}: licence: {licence!r}: expected text")
+        raise SidecarError(f"{path}: licence: {_short(licence)}: expected text")
     _check_length(licence or "", MAX_TEXT, path, "licence")
     boxes = _table(data.get("face_boxes"), 4, path, "face_boxes")
     if len(boxes) != len(motion.values):
@@ -110,9 +110,9 @@ def _read(path: Path) -> dict[str, Any]:
     if data.get("format") != FORMAT:
         raise SidecarError(f"{path}: format: {str(data.get('format'))[:40]!r}: expected {FORMAT!r}")
     if data.get("version") != VERSION:
-        raise SidecarError(f"{path}: version: {data.get('version')!r}: expected {VERSION}")
+        raise SidecarError(f"{path}: version: {_short(data.get('version'))}: expected {VERSION}")
     if data.get("fps", FPS) != FPS:
-        raise SidecarError(f"{path}: fps: {data['fps']!r}: expected {FPS}")
+        raise SidecarError(f"{path}: fps: {_short(data['fps'])}: expected {FPS}")
     return data
 
 
@@ -122,14 +122,21 @@ def _motion(data: dict[str, Any], path: Path) -> Motion:
         raise SidecarError(f"{path}: motion: {str(motion)[:40]!r}: expected an object with tag, names and values")
     tag, names = motion.get("tag"), motion.get("names")
     if not isinstance(tag, str) or not tag:
-        raise SidecarError(f"{path}: motion.tag: {tag!r}: expected the extractor's tag")
+        raise SidecarError(f"{path}: motion.tag: {_short(tag)}: expected the extractor's tag")
     _check_length(tag, MAX_TAG, path, "motion.tag")
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise SidecarError(f"{path}: motion.names: {str(names)[:40]!r}: expected a list of names")
+    for index, name in enumerate(names):
+        _check_length(name, MAX_TAG, path, f"motion.names[{index}]")
     if len(set(names)) != len(names):
         raise SidecarError(f"{path}: motion.names: a name occurs twice: expected different names")
     values = _table(motion.get("values"), len(names), path, "motion.values")
     return Motion(tag, tuple(names), torch.from_numpy(values).float())
+
+
+def _short(value: object) -> str:
+    """For a message: a file of any size may have anything here."""
+    return repr(value)[:40]
 
 
 def _check_length(text: str, most: int, path: Path, key: str) -> None:
@@ -147,7 +154,7 @@ def _table(rows: Any, width: int, path: Path, key: str) -> NDArray[np.float64]:
             raise SidecarError(f"{path}: {key}[{index}]: {size}: expected {width} numbers")
         for value in row:
             if isinstance(value, bool) or not isinstance(value, int | float) or not _is_finite(value):
-                raise SidecarError(f"{path}: {key}[{index}]: {repr(value)[:40]}: expected a finite number")
+                raise SidecarError(f"{path}: {key}[{index}]: {_short(value)}: expected a finite number")
     return np.array(rows, np.float64)
 
 

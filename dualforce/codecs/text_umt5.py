@@ -53,7 +53,8 @@ class Umt5Text:
     @torch.inference_mode()
     def encode(self, text: str) -> Tensor:
         """Embedding [n,width] fp32 on the CPU of the n <= 512 tokens of a text, the end token included. A longer text
-        is cut, with a line in the log."""
+        is cut, with a line in the log. Raises CodecError as `check_characters`."""
+        check_characters(text)
         tokens = self._tokenizer.encode(clean(text))
         if tokens.overflowing:
             logger.warning("text cut to %d tokens: %.60s...", TOKENS, text)
@@ -76,6 +77,14 @@ def identify(folder: Path) -> tuple[str, int]:
 def clean(text: str) -> str:
     """HTML entities resolved, twice as Wan does, and every run of white space one blank, none at the ends."""
     return " ".join(html.unescape(html.unescape(text)).split())
+
+
+def check_characters(text: str) -> None:
+    """Raise CodecError for half of a character, as JSON and command lines may hold: tokenizers take none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise CodecError(f"text: {text[error.start]!a} at {error.start}: expected whole characters") from None
 
 
 def padded(embedding: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import torch
@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from data_shards.files import publish
-from dualforce.codecs.protocols import TextEncoder
-from dualforce.codecs.text_umt5 import clean, padded
+from dualforce.codecs.protocols import CodecError, TextEncoder
+from dualforce.codecs.text_umt5 import check_characters, clean, padded
 from dualforce.preprocess.features import Extracted
 from dualforce.preprocess.per_video import PerVideoError, read_per_video
 
@@ -39,9 +39,16 @@ def read_captions(path: Path, sources: Iterable[str]) -> dict[str, str]:
     """Caption of every one of `sources`, from a file as `read_per_video` reads it.
 
     Raises ConfigError for a file that is no JSON object, CaptionError for a video that it does not name, or whose
-    caption is not a text or longer than MAX_CAPTION: with captions in a set, each of its videos has one.
+    caption is not a text, has half of a character, or is longer than MAX_CAPTION: with captions in a set, each of its
+    videos has one.
     """
-    return read_per_video(path, sources, "--captions", "a text", MAX_CAPTION, CaptionError)
+    found = read_per_video(path, sources, "--captions", "a text", MAX_CAPTION, CaptionError)
+    for source, text in found.items():
+        try:
+            check_characters(text)
+        except CodecError as error:
+            raise CaptionError(f"--captions {path}: {str(PurePosixPath(source).with_suffix(''))!r}: {error}") from None
+    return found
 
 
 def embed_captions(

@@ -17,11 +17,13 @@ from dualforce.preprocess.options import BuildOptions
 
 
 class Part(NamedTuple):
-    """What is done, with which `tag`, by the weights of which file or folder (None: without, or not given)."""
+    """What is done, with which `tag`, by the weights of which file or folder (None: without, or not given).
+    `came_along`: it was done before, by code that nobody names here."""
 
     part: str
     tag: str
     model: Path | None = None
+    came_along: bool = False
 
 
 def networks_of(
@@ -51,7 +53,7 @@ def _parts(options: BuildOptions, tags: Mapping[str, str], faces: str | None, si
         "text": options.text_encoder,
     }
     for stream, tag in tags.items():
-        yield Part(stream, tag, models[stream])
+        yield Part(stream, tag, models[stream], stream == "motion" and sidecars)
     yield Part("scenes", scenes.TAG)
     if faces is not None:
         yield Part("face track", faces, options.face_detector)
@@ -62,7 +64,7 @@ def _parts(options: BuildOptions, tags: Mapping[str, str], faces: str | None, si
 
 
 def _entry(part: Part, sha256: str | None) -> dict[str, Any]:
-    package = package_of(part.tag)
+    package = None if part.came_along else package_of(part.tag)
     code = {None: None, "dualforce": __version__}
     return {
         "part": part.part,

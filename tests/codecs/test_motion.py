@@ -157,6 +157,7 @@ def motion_with(**changes: Any) -> dict[str, Any]:
         ({"motion": None}, "motion: 'None'"),
         (motion_with(tag="x" * 201), "motion.tag: 201 characters: expected at most 200"),
         (motion_with(tag=7), "motion.tag: 7"),
+        (motion_with(names=["yaw", "x" * 201]), r"motion.names\[1\]: 201 characters: expected at most 200"),
         (motion_with(names=["yaw", "yaw"]), "motion.names: a name occurs twice"),
         (motion_with(values=[]), r"motion.values: '\[\]'"),
         (motion_with(values=[[0, 1], [0], [0, 1]]), r"motion.values\[1\]: 1: expected 2 numbers"),
@@ -173,6 +174,16 @@ def test_bad_sidecar_is_one_line_with_file_key_and_value(tmp_path: Path, changes
     with pytest.raises(SidecarError, match=message) as caught:
         read_sidecar(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["identity", "licence", "version", "fps", "motion"])
+def test_a_wrong_value_of_any_size_is_a_short_line(tmp_path: Path, key: str) -> None:
+    """It goes into a report, and into the manifest."""
+    large = ["x"] * 100_000
+    data = sidecar_json(3) | (motion_with(tag=large) if key == "motion" else {key: large})
+    with pytest.raises(SidecarError, match=rf"{key}.*: expected ") as error:
+        read_sidecar(write(tmp_path / "clip.json", data))
+    assert len(str(error.value)) < len(str(tmp_path)) + 150
 
 
 def test_unreadable_sidecar(tmp_path: Path) -> None:

@@ -88,6 +88,12 @@ def test_a_long_text_is_cut_and_said(encoder: Umt5Text, caplog: pytest.LogCaptur
     assert torch.equal(found, again) and len(caplog.records) == 1 and "cut to 512 tokens" in caplog.text
 
 
+def test_half_of_a_character_is_one_line(encoder: Umt5Text) -> None:
+    """As a command line in another encoding gives it."""
+    with pytest.raises(CodecError, match=r"^text: '\\udce4' at 2: expected whole characters$"):
+        encoder.encode("a \udce4")
+
+
 def test_the_tag_names_weights_and_tokenizer(folder: Path, encoder: Umt5Text, tmp_path: Path) -> None:
     other = Umt5Text(write_umt5(tmp_path / "other", seed=5)).tag
     assert encoder.tag.startswith("umt5-64-") and encoder.tag.endswith("-v1") and encoder.tag != other

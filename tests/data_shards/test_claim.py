@@ -116,6 +116,66 @@ def test_a_folder_whose_mark_stayed_behind_is_a_set(tmp_path: Path, old: Path) -
     ShardSet.open(tmp_path).verify()
 
 
+@pytest.mark.parametrize("second_is_done", [True, False])
+def test_a_writer_that_was_taken_for_killed_leaves_the_set_of_the_next(tmp_path: Path, second_is_done: bool) -> None:
+    extractors = fake_extractors()
+    with (
+        pytest.raises(ShardError, match="another process writes a set here now"),
+        ShardSetWriter(tmp_path, extractors) as first,
+    ):
+        first.add("train", fake_sample("a", "one", extractors))
+        second = ShardSetWriter(tmp_path, extractors)
+        second.add("train", fake_sample("b", "two", extractors))
+        if second_is_done:
+            second.finish([], {})
+        first.finish([], {})
+    if not second_is_done:
+        second.finish([], {})
+    ShardSet.open(tmp_path).verify()
+    assert ShardSet.open(tmp_path).split("train").keys == ["b"]
+
+
+@pytest.mark.parametrize("module", ["writer", "upgrade"])
+def test_no_manifest_without_its_shards(
+    tmp_path: Path, old: Path, monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    """Where the last step fails, or Ctrl-C comes before it, all of the set goes."""
+
+    def interrupted(root: Path) -> None:
+        assert (root / "manifest.json").exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"data_shards.{module}.sync_folder", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        MAKERS["write" if module == "writer" else module](tmp_path, old)
+    assert contents(tmp_path) == {}
+
+
+def test_a_shard_is_told_of_on_the_disk_before_its_first_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or, after a power cut, the next build would take it for somebody else's."""
+    told: list[str] = []
+    sync = os.fsync
+
+    def synced(file: int) -> None:
+        if os.path.samestat(os.fstat(file), os.stat(tmp_path / MARK)):
+            text = (tmp_path / MARK).read_text()
+            last = text.split()[-1]
+            assert not [path for path in tmp_path.iterdir() if path.name.startswith(f"{last}.")]
+            told.append(text)
+        sync(file)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    extractors = fake_extractors()
+    with ShardSetWriter(tmp_path, extractors, shard_bytes=1) as writer:
+        for number in range(2):
+            writer.add("train", fake_sample(f"k{number}", "one", extractors))
+    assert [text.split()[1:] for text in told] == [
+        ["index", "manifest"],
+        ["index", "manifest", "train-000000"],
+        ["index", "manifest", "train-000000", "train-000001"],
+    ]
+
+
 def test_a_block_that_fails_removes_what_it_has_made_and_no_more(tmp_path: Path) -> None:
     extractors = fake_extractors()
     with pytest.raises(KeyboardInterrupt), ShardSetWriter(tmp_path, extractors, shard_bytes=1) as writer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 from pathlib import Path
@@ -16,7 +17,7 @@ import data_shards.clip
 import data_shards.files
 from data_shards.files import Folder, parse_json
 from data_shards.reader import ShardReader, ShardSet
-from data_shards.schema import ShardError
+from data_shards.schema import MachineError, ShardError
 
 FRAMES = 9
 TAR = "train-000000.tar"
@@ -166,6 +167,28 @@ def test_numbers_that_are_too_large_are_refused(text: str) -> None:
     with pytest.raises(ShardError, match="expected JSON"):
         parse_json(b'{"a": ' + text.encode() + b"}", "x")
     assert parse_json(b'{"a": [1e308, -1e308, 1e-400, 0.0, -0.0]}', "x")["a"] == [1e308, -1e308, 0.0, 0.0, 0.0]
+
+
+def test_a_file_that_is_gone_once_it_is_open_is_told_of_and_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a file server: the handle is stale when the file is looked at again."""
+    (tmp_path / "x").write_bytes(b"data")
+    opened: list[int] = []
+
+    def stale(file: int) -> os.stat_result:
+        opened.append(file)
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    folder = Folder(tmp_path)
+    for read in (lambda: folder.fill("x", [(0, memoryview(bytearray(4)))]), lambda: folder.digest("x")):
+        with monkeypatch.context() as patched:
+            patched.setattr(data_shards.files.os, "fstat", stale)
+            with pytest.raises(MachineError, match=r"x: .*: expected a machine that can read it"):
+                read()
+        with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
+            os.fstat(opened[-1])
+    assert len(opened) == 2
 
 
 def test_long_clips_need_no_more_memory_for_their_plan(tmp_path: Path) -> None:

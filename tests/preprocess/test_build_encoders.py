@@ -136,6 +136,7 @@ def test_a_later_build_loads_no_text_encoder_for_known_texts(
         ({"a": "x", "b": " "}, "'b': ' ': expected a text"),
         ({"a": "x", "b": 3}, "'b': 3: expected a text"),
         ({"a": "x", "b": [3] * 999}, "'b': list of 999: expected a text"),
+        ({"a": "x", "b": "y\ud83d"}, r"--captions .*: 'b': text: '\\ud83d' at 1: expected whole characters"),
         ({"a": "x", "b": "y" * 10_001}, "--captions .*: 'b': 10001 characters: expected at most 10000"),
     ],
 )

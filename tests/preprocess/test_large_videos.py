@@ -100,12 +100,13 @@ def test_a_large_frame_makes_room_for_the_next(tmp_path: Path, monkeypatch: pyte
     assert len(seen[1]) == len(seen[2**24]) - 1
 
 
-@pytest.mark.parametrize("rate", [10, 25, 60])
+@pytest.mark.parametrize(("count", "rate"), [(30, 10), (29, 10), (30, 25), (30, 60)])
 @pytest.mark.parametrize(("step", "last"), [(1, False), (4, True), (5, True)])
 def test_large_frames_give_the_same_pictures(
-    rate: int, step: int, last: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    count: int, rate: int, step: int, last: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    video = reordered(tmp_path / "a.mp4", rate=rate)
+    """Also where the final picture is on screen at a multiple of `step` and after it (29 at 10 a second: 70 to 72)."""
+    video = reordered(tmp_path / "a.mp4", count, rate)
     ordinary = list(iter_frames(video, step=step, last=last))
     monkeypatch.setattr(pictures, "LARGE", 1)
     large = list(iter_frames(video, step=step, last=last))

@@ -114,6 +114,14 @@ def test_interlaced_pictures_are_whole_in_the_clip(tmp_path: Path, first: str, s
             assert np.abs(image.astype(int) - bar(2 * number)[6:-8, 8:]).mean() < 2.5, number
 
 
+def test_fields_that_are_pictures_of_their_own_are_refused(tmp_path: Path) -> None:
+    """HEVC with field_seq_flag, of which FFmpeg hands out fields: the clip would be half as high, and not say so."""
+    fields = [frame_of(np.ascontiguousarray(woven(k // 2)[k % 2 :: 2])) for k in range(60)]
+    write_frames(tmp_path / "a.mp4", fields, "libx265", Fraction(50), {"x265-params": "log-level=none:interlace=tff"})
+    with pytest.raises(ClipFailure, match=r"^decode: HEVC with each field as a picture of its own"):
+        cut(tmp_path / "a.mp4", tmp_path / "b.mp4", Span(Fraction(0), Fraction(1)), RULE)
+
+
 def test_crop_is_scaled_to_the_real_height(tmp_path: Path) -> None:
     source = numbered_clip(tmp_path / "a.mp4", 30)
     rule = PixelRule(Fraction(200), Fraction(150), Fraction(840), Fraction(630), 720)

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from dualforce.codecs import media
-from dualforce.codecs.media.interlaced import Progressive
+from dualforce.codecs.media.interlaced import FieldsError, Progressive, check_whole
 from dualforce.codecs.media_clock import Timed
 from dualforce.types import FPS
 from tools.download.reasons import ClipFailure, Reason
@@ -97,7 +97,7 @@ class _Cutter:
         for packet in self.read.demux(streams):
             for frame in packet.decode():
                 if packet.stream.type == "video":
-                    self._show(self.whole.feed(Timed(frame, _time(frame), None)))
+                    self._decoded(frame)
                 else:
                     self._sound(frame)
             if self.picture_end and (self.sound_end or self.audio is None):
@@ -116,6 +116,13 @@ class _Cutter:
         if self.sound is not None:
             gap = self.sound.finish(min(self.span.end, pictures.stop) - pictures.zero)
         return pictures.finish(gap)
+
+    def _decoded(self, frame: Any) -> None:
+        try:
+            check_whole(frame, self.video.codec_context.name)
+        except FieldsError as error:
+            raise ClipFailure(Reason.DECODE, str(error)) from None
+        self._show(self.whole.feed(Timed(frame, _time(frame), None)))
 
     def _show(self, pictures: Iterable[Timed[Any]]) -> None:
         for picture in pictures:

@@ -102,7 +102,7 @@ def _frames(
                 final = (indices[-1], held)
             wanted = [k for k in indices if k % step == 0]
             if wanted:
-                picture = [held.take()]
+                picture = [held.take(again=last and indices[-1] % step != 0)]
                 for k in wanted[:-1]:
                     yield k, picture[0]
                 yield wanted[-1], picture.pop()  # so that it is not held here while it is worked on
@@ -192,10 +192,11 @@ class _Held:
         """Turn the frame into its picture. Raises ColourError."""
         self._picture, self._frame = self._uprighter.picture(self._frame), None
 
-    def take(self) -> Pixels:
-        """The picture [H,W,3], once: it is not held here any more. Raises ColourError."""
-        picture, self._picture = self._picture, None
-        return self._uprighter.picture(self._frame) if picture is None else picture
+    def take(self, again: bool = False) -> Pixels:
+        """The picture [H,W,3]; it is held here no more unless it is to be taken `again`. Raises ColourError."""
+        picture = self._uprighter.picture(self._frame) if self._picture is None else self._picture
+        self._picture, self._frame = picture if again else None, None
+        return picture
 
 
 def _display_size(frame: Any, stream: Any, max_side: int | None) -> tuple[int, int]:
