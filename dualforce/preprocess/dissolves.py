@@ -11,6 +11,7 @@ not. Colours and other curves than the straight one are not looked at.
 from __future__ import annotations
 
 from collections import deque
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,10 +30,19 @@ LIT_ALIKE = 0.75  # the same for the grey values; two shots: mostly below 0.6
 UNEVEN = 6.0  # ratio of the squared contrasts of the ends, above which one is a plain colour; two shots: mostly below 4
 FLAT = 0.7  # square of the contrast half way, as a share of the mean of both ends', below which it is of two shots
 SURE = 9 / 64  # of the blocks, for a dissolve; in real and rendered clips without one it is 3 / 64 at most
-NEAR = 4 / 64  # for a span that overlaps with it to be part of it
+NEAR = 4 / 64  # for a span that overlaps with it to be part of it: itself, not what overlaps with that in turn
 GREY = np.array([0.299, 0.587, 0.114], np.float32)  # BT.601
 
 Blocks = NDArray[np.float32]
+
+
+class _Dissolve(NamedTuple):
+    """Pictures [start, stop) of spans that are sure, and [first, last) with those that overlap with them."""
+
+    start: int
+    stop: int
+    first: int
+    last: int
 
 
 class Dissolves:
@@ -41,7 +51,8 @@ class Dissolves:
     def __init__(self) -> None:
         self._recent: deque[Blocks] = deque(maxlen=SPANS[-1] + 1)
         self._count = 0
-        self._found: list[tuple[int, int, bool]] = []  # pictures [start, stop), apart from each other; whether sure
+        self._near: deque[tuple[int, int]] = deque()  # pictures [start, stop) of spans that may be part of the next one
+        self._found: list[_Dissolve] = []  # apart from each other
 
     def add(self, picture: Pixels) -> None:
         """The next picture [H,W,3] uint8."""
@@ -61,14 +72,28 @@ class Dissolves:
 
     def parts(self) -> list[tuple[int, int]]:
         """Pictures [start, stop) of each dissolve so far, with some on either side, in order and apart."""
-        return [(start, stop) for start, stop, sure in self._found if sure]
+        parts: list[tuple[int, int]] = []
+        for one in self._found:
+            joined = bool(parts) and one.first < parts[-1][1]
+            start = min(one.first, parts.pop()[0]) if joined else one.first
+            parts.append((start, one.last))
+        return parts
 
     def _note(self, start: int, sure: bool) -> None:
         """A span that ends with the latest picture."""
-        while self._found and start < self._found[-1][1]:
-            before = self._found.pop()
-            start, sure = min(start, before[0]), sure or before[2]
-        self._found.append((start, self._count, sure))
+        self._near.append((start, self._count))
+        while self._near[0][1] < self._count - SPANS[-1]:
+            self._near.popleft()
+        first = start
+        if sure:
+            while self._found and start < self._found[-1].stop:
+                before = self._found.pop()
+                start, first = min(start, before.start), min(first, before.first)
+            first = min([first, *(one for one, stop in self._near if stop > start)])
+            self._found.append(_Dissolve(start, self._count, first, self._count))
+        elif self._found and start < self._found[-1].stop:
+            before = self._found[-1]
+            self._found[-1] = before._replace(first=min(first, before.first), last=self._count)
 
 
 def _blocks(picture: Pixels) -> Blocks:

@@ -157,16 +157,28 @@ def test_a_span_of_one_shot_counts_for_nothing(people: dict[str, np.ndarray]) ->
     assert dissolves._share(span) == 0
 
 
-def test_less_sure_spans_count_beside_a_sure_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shares of the spans of 6 pixel frames that end at each picture, as 64ths."""
-    shares = iter([0, 0, 0, 5, 0, 12, 0, 4, 3, *[0] * 8, 8, 0, 0])
+@pytest.mark.parametrize(
+    ("shares", "parts"),
+    [
+        pytest.param([0, 0, 0, 5, 0, 12, 0, 4, 3, *[0] * 8, 8], [(3, 14)], id="on both sides"),
+        pytest.param([*[5] * 10, 12, *[5] * 20], [(4, 23)], id="not those beside them"),
+        pytest.param([12, 0, 0, 0, 12, *[5] * 20], [(0, 17)], id="sure ones in a row"),
+        pytest.param([12, *[5] * 9, 12], [(0, 17)], id="in between"),
+        pytest.param([5] * 30, [], id="none is sure"),
+    ],
+)
+def test_less_sure_spans_count_beside_a_sure_one(
+    shares: list[int], parts: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shares of the spans of 6 pixel frames that end at each picture, as 64ths: span k is of pictures k to k + 6."""
+    rest = iter([*shares, 0, 0])
     monkeypatch.setattr(dissolves, "SPANS", (6,))
-    monkeypatch.setattr(dissolves, "_share", lambda span: next(shares) / 64)
+    monkeypatch.setattr(dissolves, "_share", lambda span: next(rest) / 64)
     monkeypatch.setattr(dissolves, "_is_of_two_shots", lambda span: True)
     seen = Dissolves()
-    for _ in range(26):
+    for _ in range(6 + len(shares)):
         seen.add(np.zeros((8, 8, 3), np.uint8))
-    assert seen.parts() == [(3, 14)]
+    assert seen.parts() == parts
 
 
 def test_nothing_is_seen_across_black(people: dict[str, np.ndarray]) -> None:
