@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -34,7 +35,16 @@ HOP, FIELD = SAMPLE_RATE // AUDIO_HZ, 400  # samples between frames, and those t
 WINDOW, MARGIN = 30 * AUDIO_HZ, 3 * AUDIO_HZ  # frames of a window, and of its ends that a neighbour gives
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 BLOCK = 2**22  # samples whose mean and variance are taken at once: four minutes
-VERSION = "v1"
+# Settings of model and of its input that give other features from the same weights.
+SETTINGS = {
+    "hubert": (
+        "conv_bias", "do_stable_layer_norm", "feat_extract_activation", "feat_extract_norm", "feat_proj_layer_norm",
+        "hidden_act", "layer_norm_eps", "num_attention_heads",
+    ),
+    "whisper": ("activation_function", "encoder_attention_heads", "scale_embedding"),
+}  # fmt: skip
+PREPARED = {"hubert": ("do_normalize",), "whisper": ("dither", "n_fft", "padding_value")}
+VERSION = "v2"
 
 
 class Part(NamedTuple):
@@ -54,7 +64,8 @@ class Scale(NamedTuple):
 
 
 class SpeechFeatures:
-    """Last hidden state of the encoder in `folder`, fp32. The tag names its kind, width and weights."""
+    """Last hidden state of the encoder in `folder`, fp32. The tag names its kind and width, and the hash of its weights
+    and settings."""
 
     hz = AUDIO_HZ
 
@@ -76,6 +87,8 @@ class SpeechFeatures:
         _check_clock(folder, kind, self._model.config, self._prepare)
         self._model.to(self._device).eval()
         self.width = int(self._model.config.hidden_size)  # Whisper's too has this name
+        told = _settings(kind, self._model.config, self._prepare)
+        digest = hashlib.sha256(f"{digest} {told}".encode()).hexdigest()
         self.tag = f"{kind}-{self.width}-{digest[:12]}-{VERSION}"
 
     def encode(self, wave: Wave) -> Tensor:
@@ -165,6 +178,13 @@ def _load(folder: Path, kind: str) -> tuple[Any, Any]:
     if missing:
         raise CodecError(f"{folder}: {missing[0]}: not in the weights ({len(missing)} such): expected a {kind} encoder")
     return model if kind == "hubert" else model.get_encoder(), prepare
+
+
+def _settings(kind: str, config: Any, prepare: Any) -> str:
+    """Those of SETTINGS and PREPARED, in one text; a setting that this release of transformers lacks is null."""
+    found = {name: getattr(config, name, None) for name in SETTINGS[kind]}
+    found |= {name: getattr(prepare, name, None) for name in PREPARED[kind]}
+    return json.dumps(found, sort_keys=True)
 
 
 def _check_clock(folder: Path, kind: str, config: Any, prepare: Any) -> None:

@@ -157,7 +157,7 @@ def test_trained_features_follow_the_sound(whisper_folder: Path, clips_dir: Path
 def test_the_tag_names_the_weights(folders: dict[str, Path], tmp_path: Path) -> None:
     first = SpeechFeatures(folders["hubert"]).tag
     other = SpeechFeatures(hubert(tmp_path / "other", seed=5)).tag
-    assert first != other and first.startswith("hubert-32-") and first.endswith("-v1")
+    assert first != other and first.startswith("hubert-32-") and first.endswith("-v2")
     assert audio_encoder(first, folders["hubert"]).tag == first
     with pytest.raises(CodecError, match=f"other: is '{other}': expected '{first}'"):
         audio_encoder(first, tmp_path / "other")
@@ -166,6 +166,30 @@ def test_the_tag_names_the_weights(folders: dict[str, Path], tmp_path: Path) -> 
     with pytest.raises(CodecError, match="unknown; expected 'logmel"):
         audio_encoder("wavlm-1024-x-v1", folders["hubert"])
     assert audio_encoder_in(None).tag == audio_logmel.TAG == audio_encoder(audio_logmel.TAG).tag
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "key", "value"),
+    [
+        ("hubert", "preprocessor_config.json", "do_normalize", False),
+        ("hubert", "config.json", "hidden_act", "relu"),
+        ("hubert", "config.json", "layer_norm_eps", 0.1),
+        ("whisper", "config.json", "activation_function", "relu"),
+    ],
+)
+def test_the_tag_names_settings_that_change_the_features(
+    folders: dict[str, Path], tmp_path: Path, kind: str, file: str, key: str, value: Any
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(folders[kind], other)
+    first, copied = SpeechFeatures(folders[kind]), SpeechFeatures(other)
+    assert copied.tag == first.tag
+    settings = json.loads((other / file).read_text())
+    (other / file).write_text(json.dumps(settings | {key: value}))
+    changed = SpeechFeatures(other)
+    wave = np.random.default_rng(0).standard_normal(16_000).astype(np.float32) * 0.1 + np.float32(0.05)
+    assert not torch.allclose(changed.encode(wave), first.encode(wave), atol=1e-3)
+    assert changed.tag != first.tag
 
 
 def broken(folders: dict[str, Path], to: Path, case: str) -> Path:
