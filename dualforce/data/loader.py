@@ -153,10 +153,10 @@ class _ReadAhead(Generic[ItemT]):
             self._changed.notify_all()
         with self._closing:
             pool, self._pool = self._pool, None
-            if pool is not None:
-                pool.stop()
-            self._thread.join()
-            if pool is not None:
+            if pool is None:
+                self._thread.join()
+            else:
+                pool.stop(self._thread)
                 pool.close()
 
     def _work(self) -> None:

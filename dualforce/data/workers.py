@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
@@ -91,12 +92,18 @@ class WorkerPool:
             self._ask(further)
         return StepRead(taken(handover), damaged, fault)
 
-    def stop(self) -> None:
-        """Let `take` return, in whatever thread it waits."""
+    def stop(self, taker: threading.Thread) -> None:
+        """Let `take` return in the thread that calls it, and wait for the end of that thread. A process that hangs in
+        the middle of handing a step over is killed."""
         self._stop.close()
+        taker.join(LEAVE_SECONDS)
+        if taker.is_alive():
+            for process in self._processes:
+                process.kill()
+            taker.join()
 
     def close(self) -> None:
-        """End the processes and wait for them; `take` is not to be called any more."""
+        """End the processes and wait for them, after `stop`."""
         for pipe in (self._stop, self._stopped, *self._pipes):
             pipe.close()
         for process in self._processes:

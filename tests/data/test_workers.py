@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,28 @@ def test_close_does_not_wait_for_a_process_that_hangs(root: Path, monkeypatch: p
         closing.start()  # while the consumer waits for a step that does not come
     closing.join()
     assert time.monotonic() - began < 30 and not loaders()
+
+
+def test_close_does_not_wait_for_a_process_that_hangs_in_the_middle_of_a_step(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that has come is shared memory, for which the process is asked again."""
+    monkeypatch.setattr(workers, "LEAVE_SECONDS", 0.3)
+    receive, stopped = Connection.recv, threading.Event()
+
+    def late(pipe: Connection) -> object:
+        os.kill(loaders()[0].pid, signal.SIGSTOP)
+        stopped.set()
+        return receive(pipe)
+
+    steps = loader(root, 1, stop=1000)
+    closing = threading.Thread(target=lambda: (stopped.wait(), time.sleep(0.2), steps.close()))
+    closing.start()
+    with monkeypatch.context() as patch:
+        patch.setattr(Connection, "recv", late)
+        assert not list(steps)
+        closing.join()
+    assert not loaders()
 
 
 def test_processes_of_a_killed_trainer_end(root: Path, tmp_path: Path) -> None:

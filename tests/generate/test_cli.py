@@ -345,7 +345,9 @@ def test_model_folder_that_is_none(shop: Path, tmp_path: Path, run: Run) -> None
     args = arguments(shop, tmp_path / "v.mp4")
     args[1] = tmp_path
     code, err = run(*args)
-    assert code == 2 and err.splitlines()[-1] == f"error: {tmp_path / 'config.json'}: no such file"
+    assert (
+        code == 2 and err.splitlines()[-1] == f"error: {tmp_path / 'config.json'}: no such file: expected a JSON object"
+    )
 
 
 def test_export_of_a_run(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
