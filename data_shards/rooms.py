@@ -49,8 +49,9 @@ class Rooms:
         # be a piece off.
         if whole.nbytes > self._most:
             return
-        waiting = sum(size * len(pieces) for size, pieces in list(self._free.items()))
-        for size, pieces in list(self._free.items()):
+        free = self._free.copy()  # at once: pieces may come back while a garbage collection interrupts this
+        waiting = sum(size * len(pieces) for size, pieces in free.items())
+        for size, pieces in free.items():
             while size != whole.nbytes and waiting + whole.nbytes > self._most and pieces:
                 with suppress(IndexError):  # another thread took the last one
                     pieces.pop()

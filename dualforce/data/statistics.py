@@ -90,7 +90,12 @@ class StreamStatistics:
         return (x.float() - mean) / std
 
     def normalise_clips(self, clips: Sequence[Tensor]) -> Tensor:
-        """Clips [F,C,H,W] from frame 0 on -> [B,F,C,H,W] fp32, each normalised as by `normalise_video`."""
+        """Clips [F,C,H,W] from frame 0 on -> [B,F,C,H,W] fp32, each normalised as by `normalise_video`.
+
+        Raises ValueError for clips of several shapes.
+        """
+        if len(shapes := {tuple(clip.shape) for clip in clips}) > 1:  # `copy_` would repeat a dimension of 1
+            raise ValueError(f"clips of shapes {sorted(shapes)}: expected one shape")
         mean, std = self._video_rows(clips[0], 0)
         batch = empty((len(clips), *clips[0].shape))
         for clip, row in zip(clips, batch, strict=True):

@@ -101,3 +101,5 @@ def test_clips_are_normalised_as_one_tensor_is(batch_at: MakeBatch) -> None:
     assert torch.equal(statistics.normalise_clips(clips), statistics.normalise_video(torch.stack(clips)))
     with pytest.raises(ValueError, match=r"video of shape \[4, 2, 8, 6\]"):
         statistics.normalise_clips([clip[:, :2] for clip in clips])
+    with pytest.raises(ValueError, match="expected one shape"):
+        statistics.normalise_clips([clips[0], clips[1][..., :1]])
